@@ -1,0 +1,206 @@
+"""The configuration of a run: nested frozen dataclasses, one section per concern.
+
+Every field carries its type, its help text and, unless every recipe must state it, its default. A value that no run
+can use is refused here, in `__post_init__`, with field, value and what was expected; `soflow.config_file` reads the
+YAML files and the overrides of the command line into these classes.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+NULL_LABEL_NEEDS_CLASSES = "at least 1 class, because guidance compares a class with the null label"
+
+
+def require(section: str, name: str, value: Any, valid: bool, expected: str) -> None:
+    """Raise ValueError 'section.name: got value, expected ...' unless `valid`."""
+    if not valid:
+        key = f"{section}.{name}" if section else name
+        raise ValueError(f"{key}: got {value!r}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it spelled out."""
+
+    name: Annotated[str, "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, or DiT with the five shape fields below"]
+    input_size: Annotated[int, "height and width of the images or latents the network sees"]
+    in_channels: Annotated[int, "channels of the images or latents"]
+    num_classes: Annotated[int, "number of classes; the null label is this number; 0 for unconditional"]
+    patch_size: Annotated[int | None, "side of a patch (name DiT only)"] = None
+    hidden_size: Annotated[int | None, "width of the residual stream (name DiT only)"] = None
+    depth: Annotated[int | None, "number of blocks (name DiT only)"] = None
+    num_heads: Annotated[int | None, "number of attention heads (name DiT only)"] = None
+    mlp_ratio: Annotated[float | None, "hidden width of the MLP over hidden_size (name DiT only)"] = None
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "in_channels"):
+            require("network", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        require("network", "num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Path between data and noise, and how F becomes the solution f = a x + b F."""
+
+    path: Annotated[Literal["linear", "trig"], "x_t = alpha_t x_0 + beta_t x_1"] = "linear"
+    parameterization: Annotated[Literal["euler", "trig"], "a and b of f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s)"] = (
+        "euler"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The two losses, their weights, and the guidance inside training."""
+
+    fm_ratio: Annotated[float, "share of a batch that trains the velocity (flow matching)"] = 0.75
+    cfg_scale: Annotated[float, "guidance strength built into the velocity; 1 is none"] = 1.0
+    cfg_decay_time: Annotated[float, "guidance fades out above this time; 1 is never"] = 1.0
+    mix_ratio: Annotated[float, "m: weight of the guided velocity against the predicted one"] = 1.0
+    label_dropout: Annotated[float, "share of rows trained with the null label"] = 0.0
+    loss_p: Annotated[float, "exponent p of the adaptive weight (mse + eps)^-p"] = 1.0
+    loss_eps: Annotated[float, "eps of the adaptive weight"] = 0.01
+    lookahead: Annotated[Literal["difference", "two_pass"], "slope by difference propagation or by two evaluations"] = (
+        "difference"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("fm_ratio", "mix_ratio", "label_dropout"):
+            require("objective", name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        require("objective", "cfg_scale", self.cfg_scale, 1 <= self.cfg_scale < math.inf, "a number of at least 1")
+        require("objective", "cfg_decay_time", self.cfg_decay_time, 0 < self.cfg_decay_time <= 1, "above 0 and at most 1")
+        require("objective", "loss_p", self.loss_p, 0 <= self.loss_p < math.inf, "a number of at least 0")
+        require("objective", "loss_eps", self.loss_eps, 0 < self.loss_eps < math.inf, "a number above 0")
+        if self.cfg_scale > 1:
+            require(
+                "objective",
+                "label_dropout",
+                self.label_dropout,
+                self.label_dropout > 0,
+                f"above 0, because objective.cfg_scale is {self.cfg_scale} and guidance needs a trained null label",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimesConfig:
+    """Logit-normal times, and the schedule of the gap r that places the middle time l = t + (s - t) r."""
+
+    velocity_mean: Annotated[float, "mean of logit(t) for velocity rows"] = -0.2
+    velocity_std: Annotated[float, "standard deviation of logit(t) for velocity rows"] = 1.0
+    t_mean: Annotated[float, "mean of logit(t) for consistency rows"] = 0.2
+    t_std: Annotated[float, "standard deviation of logit(t) for consistency rows"] = 0.8
+    s_mean: Annotated[float, "mean of logit(s) for consistency rows"] = -1.0
+    s_std: Annotated[float, "standard deviation of logit(s) for consistency rows"] = 0.8
+    gap_method: Annotated[Literal["const", "linear", "cosine", "exponential"], "how r goes from first to last"] = (
+        "exponential"
+    )
+    gap_init: Annotated[float, "r at the first step"] = 0.1
+    gap_end: Annotated[float, "r at the last step"] = 0.002
+
+    def __post_init__(self) -> None:
+        for name in ("velocity_mean", "t_mean", "s_mean"):
+            require("times", name, getattr(self, name), math.isfinite(getattr(self, name)), "a finite number")
+        for name in ("velocity_std", "t_std", "s_std"):
+            require("times", name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("gap_init", "gap_end"):
+            require("times", name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the training images come from."""
+
+    source: Annotated[Literal["digits", "latents"], "digits: scikit-learn's handwritten digits; latents: encoded images"]
+    root: Annotated[str | None, "folder of the data set (latents only)"] = None
+
+    def __post_init__(self) -> None:
+        if self.source == "latents":
+            require("data", "root", self.root, self.root is not None, "a folder, because data.source is latents")
+        else:
+            require("data", "root", self.root, self.root is None, f"nothing, because data.source is {self.source}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer: PyTorch's AdamW or RAdam at a constant rate."""
+
+    name: Annotated[Literal["adamw", "radam"], "optimizer"] = "adamw"
+    lr: Annotated[float, "learning rate"] = 1e-4
+    betas: Annotated[tuple[float, float], "decay of the first and second moment"] = (0.9, 0.99)
+    eps: Annotated[float, "added to the root of the second moment"] = 1e-8
+    weight_decay: Annotated[float, "weight decay, as torch.optim's optimizer of that name defines it"] = 0.0
+    clip_norm: Annotated[float | None, "largest gradient norm; null does not clip"] = None
+
+    def __post_init__(self) -> None:
+        require("optim", "lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
+        require("optim", "betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
+        require("optim", "eps", self.eps, 0 < self.eps < math.inf, "a number above 0")
+        require("optim", "weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        if self.clip_norm is not None:
+            require("optim", "clip_norm", self.clip_norm, 0 < self.clip_norm < math.inf, "a number above 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The exponential moving average of the weights, which sampling uses."""
+
+    decay: Annotated[float, "decay per training step"] = 0.9999
+    every: Annotated[int, "update every so many steps, with decay ** every"] = 1
+    dtype: Annotated[Literal["float32", "float64"], "precision of the update; the average is kept in float32"] = "float32"
+
+    def __post_init__(self) -> None:
+        require("ema", "decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
+        require("ema", "every", self.every, self.every >= 1, "an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length of the run and what it leaves behind on the way."""
+
+    total_steps: Annotated[int, "optimizer steps; the gap schedule ends there"]
+    batch_size: Annotated[int, "global batch, over all processes"]
+    log_every: Annotated[int, "steps per line of metrics.jsonl"] = 100
+    sample_every: Annotated[int, "steps between sample grids; 0 draws none"] = 1000
+    sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
+    checkpoint_every: Annotated[int, "steps between checkpoints; the last step is always saved"] = 25000
+    keep_last: Annotated[int, "checkpoints to keep; 0 keeps all"] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "batch_size", "log_every", "sample_nfe", "checkpoint_every"):
+            require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        for name in ("sample_every", "keep_last"):
+            require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where and how precisely the run computes."""
+
+    device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU when there is one"] = "auto"
+    precision: Annotated[Literal["fp32", "tf32"], "matrix products on a GPU in float32 or TF32"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run: everything that decides what it computes, and where it writes."""
+
+    name: Annotated[str, "name of the run, and of its folder below output_dir"]
+    output_dir: Annotated[str, "folder of all runs"] = "runs"
+    seed: Annotated[int, "seed of every random stream"] = 0
+    network: NetworkConfig
+    data: DataConfig
+    train: TrainConfig
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    times: TimesConfig = field(default_factory=TimesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        name_valid = re.fullmatch(r"[A-Za-z0-9._-]+", self.name) is not None and self.name not in (".", "..")
+        require("", "name", self.name, name_valid, "letters, digits, '.', '_' and '-' only")
+        require("", "seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
+        if self.objective.cfg_scale > 1:
+            require("network", "num_classes", self.network.num_classes, self.network.num_classes >= 1, NULL_LABEL_NEEDS_CLASSES)

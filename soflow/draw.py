@@ -1,0 +1,84 @@
+"""The batch of a step as a pure function of (seed, step, sample): the same rows however processes share it."""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from soflow.config import ObjectiveConfig, TimesConfig
+from soflow.kernels import reference
+from soflow.objective import Batch
+from soflow.times import consistency_times, logit_normal, middle_time
+
+TIME_STREAM, NULL_STREAM = reference.FREE_STREAM, reference.FREE_STREAM + 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows of the global batch that one process trains: global positions, its velocity rows first.
+
+    Positions [0, num_velocity of the whole batch) are velocity rows; each process takes an even slice of them, then of
+    the consistency rows, so that roles, noise and times do not depend on the number of processes.
+    """
+
+    positions: tuple[int, ...]
+    num_velocity: int
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def share_batch(batch_size: int, fm_ratio: float, rank: int, world_size: int) -> Share:
+    """Return the share of process `rank` in a global batch whose first int(fm_ratio * batch_size) rows are velocity."""
+    num_velocity = int(fm_ratio * batch_size)
+
+    def cut(total: int, index: int) -> int:
+        return total * index // world_size
+
+    # Equal totals where the batch divides evenly: the consistency rows fill up what the velocity rows leave.
+    velocity = range(cut(num_velocity, rank), cut(num_velocity, rank + 1))
+    first = cut(batch_size, rank) - cut(num_velocity, rank)
+    last = cut(batch_size, rank + 1) - cut(num_velocity, rank + 1)
+    consistency = range(num_velocity + first, num_velocity + last)
+    return Share((*velocity, *consistency), len(velocity))
+
+
+def sample_batch(
+    mean: Tensor,
+    std: Tensor | None,
+    labels: Tensor | None,
+    positions: Tensor,
+    num_velocity: int,
+    *,
+    seed: int,
+    step: int,
+    r: float,
+    times: TimesConfig,
+    objective: ObjectiveConfig,
+    ops: ModuleType,
+) -> Batch:
+    """Draw posterior, noise, times and null labels of the rows `positions` for (seed, step).
+
+    mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
+    positions: (B,) int64, place of each row in the global batch.  r: the gap ratio of this step.
+    """
+    seeds = torch.full_like(positions, seed)
+    steps = torch.full_like(positions, step)
+    x_0, x_1 = ops.draw(mean, std, seeds, steps, positions)
+    z = ops.normal(seeds, steps, TIME_STREAM, positions, 3)
+    t_velocity = logit_normal(z[:, 0], times.velocity_mean, times.velocity_std)
+    t, s = consistency_times(
+        logit_normal(z[:, 1], times.t_mean, times.t_std), logit_normal(z[:, 2], times.s_mean, times.s_std)
+    )
+    is_velocity = torch.arange(len(positions), device=positions.device) < num_velocity
+    return Batch(
+        x_0=x_0,
+        x_1=x_1,
+        t=torch.where(is_velocity, t_velocity, t),
+        l=middle_time(t, s, r),
+        s=s,
+        labels=labels,
+        null_mask=ops.uniform(seeds, steps, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
+        num_velocity=num_velocity,
+    )

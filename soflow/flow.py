@@ -1,0 +1,33 @@
+"""The solution function of the flow ODE, made of a network, a path and a parameterization."""
+
+from torch import Tensor, nn
+
+from soflow.kernels import reference
+from soflow.paths import Parameterization, Path, solution_coefficients, velocity_factor
+
+
+class SolutionFlow(nn.Module):
+    """f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s): from a point at time t to the solution at time s.
+
+    network: called as network(x, t, s, labels, augment_labels), gives F with the shape of x.
+    Source: arXiv 2512.15657, parameterization.
+    """
+
+    def __init__(self, network: nn.Module, path: Path = "linear", parameterization: Parameterization = "euler") -> None:
+        super().__init__()
+        if path not in ("linear", "trig"):
+            raise ValueError(f"path: got {path!r}, expected 'linear' or 'trig'")
+        if parameterization not in ("euler", "trig"):
+            raise ValueError(f"parameterization: got {parameterization!r}, expected 'euler' or 'trig'")
+        self.network = network
+        self.path = path
+        self.parameterization = parameterization
+
+    def solve(self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return f(x, t, s), (B, C, H, W); f(x, t, t) == x exactly.  t, s: (B,); labels None is the null label."""
+        a_ts, b_ts = solution_coefficients(self.parameterization, t, s)
+        return reference.solution_map(x, self.network(x, t, s, labels), a_ts, b_ts)
+
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return d f(x, t, s) / d s at s = t, (B, C, H, W): the velocity of the flow at (x, t)."""
+        return velocity_factor(self.parameterization) * self.network(x, t, t, labels)
