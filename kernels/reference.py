@@ -18,11 +18,16 @@ from torch import Tensor
 __all__ = [
     "attention",
     "attention_difference",
+    "conv",
+    "conv_difference",
+    "downsample",
     "draw",
     "gate_residual_norm",
     "gate_residual_norm_difference",
     "gelu",
     "gelu_difference",
+    "group_norm",
+    "group_norm_difference",
     "interpolate",
     "linear",
     "linear_difference",
@@ -38,6 +43,7 @@ __all__ = [
     "time_features",
     "time_features_difference",
     "uniform",
+    "upsample",
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -338,6 +344,54 @@ def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     return (dP @ (v + dv) + P @ dv).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the convolution of x, (B, C, H, W), with weight, (D, C, k, k), k odd, zero-padded to (B, D, H, W).
+
+    The products are computed in the dtype of the weight, the result has the dtype of x.
+    """
+    padding = weight.shape[-1] // 2
+    if weight.dtype == x.dtype:
+        return functional.conv2d(x, weight, bias, padding=padding)
+    y = functional.conv2d(x.to(weight.dtype), weight, padding=padding).to(x.dtype)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def conv_difference(dx: Tensor, weight: Tensor) -> Tensor:
+    """Return conv(dx, weight): a linear map moves by its image of the difference."""
+    return conv(dx, weight)
+
+
+def downsample(x: Tensor, taps: Tensor) -> Tensor:
+    """Return x, (B, C, H, W), filtered by `taps` and halved to (B, C, H / 2, W / 2); its own difference.
+
+    taps: (1, 1, k, k) with k even and sum 1.  H, W even. Beyond its border x is zero.
+    """
+    return functional.conv2d(x, _per_channel(taps, x), stride=2, padding=_resampling_padding(taps), groups=x.shape[1])
+
+
+def upsample(x: Tensor, taps: Tensor) -> Tensor:
+    """Return x, (B, C, H, W), spread by `taps` to (B, C, 2 H, 2 W), four times the transpose of downsample.
+
+    taps: (1, 1, k, k) with k even and sum 1. A linear map: its own difference.
+    """
+    weight, padding = _per_channel(4.0 * taps, x), _resampling_padding(taps)
+    return functional.conv_transpose2d(x, weight, stride=2, padding=padding, groups=x.shape[1])
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
+    """Return GroupNorm(x) weight + bias.  x: (B, C, H, W); weight, bias: (C,); num_groups divides C."""
+    wide = _wide(x)
+    return functional.group_norm(wide, num_groups, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+
+
+def group_norm_difference(x: Tensor, dx: Tensor, weight: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
+    """Return the difference of group_norm.  x, dx: (B, C, H, W); weight: (C,).  The bias cancels."""
+    groups, dgroups = (_wide(tensor).unflatten(1, (num_groups, -1)).flatten(2) for tensor in (x, dx))
+    none = groups.new_zeros(1, 1)
+    dnormed = modulated_norm_difference(groups, dgroups, none, none, none, eps).reshape(x.shape)
+    return (dnormed * weight.to(dnormed.dtype)[:, None, None]).to(x.dtype)
+
+
 # --------------------------------------------------------------------------------------------------
 
 
@@ -352,6 +406,14 @@ def _wide(x: Tensor) -> Tensor:
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return q, k, v
+
+
+def _per_channel(taps: Tensor, x: Tensor) -> Tensor:
+    return taps.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+
+
+def _resampling_padding(taps: Tensor) -> int:
+    return (taps.shape[-1] - 1) // 2
 
 
 def _frequencies(t: Tensor, num_features: int, max_period: float) -> Tensor:

@@ -1,12 +1,14 @@
 """Networks F(x, t, s, labels) and how to build them by name."""
 
+from collections.abc import Mapping, Sequence
 from types import ModuleType
-
-from torch import nn
+from typing import Any
 
 from soflow.models.dit import DiT
+from soflow.models.network import Network
+from soflow.models.unet import UNet
 
-__all__ = ["DIT_PRESETS", "DiT", "build_network"]
+__all__ = ["DIT_PRESETS", "UNET_CIFAR10", "DiT", "Network", "UNet", "build_network"]
 
 # patch_size, hidden_size, depth, num_heads of the official sizes
 DIT_PRESETS = {
@@ -17,25 +19,66 @@ DIT_PRESETS = {
     "DiT-XL/2": {"patch_size": 2, "hidden_size": 1152, "depth": 28, "num_heads": 16},
 }
 
+# the official shape for CIFAR-10
+UNET_CIFAR10: dict[str, Any] = {
+    "augment_dim": 6,
+    "model_channels": 128,
+    "channel_mult": (2, 2, 2),
+    "channel_mult_emb": 4,
+    "num_blocks": 4,
+    "attn_resolutions": (16,),
+    "dropout": 0.3,
+    "embedding_type": "positional",
+    "channel_mult_noise": 2,
+    "resample_filter": (1, 3, 3, 1),
+}
+
 
 def build_network(
     name: str,
     *,
     input_size: int = 32,
-    in_channels: int = 4,
-    num_classes: int = 1000,
+    in_channels: int | None = None,
+    num_classes: int | None = None,
     patch_size: int | None = None,
     hidden_size: int | None = None,
     depth: int | None = None,
     num_heads: int | None = None,
     mlp_ratio: float | None = None,
+    model_channels: int | None = None,
+    channel_mult: Sequence[int] | None = None,
+    num_blocks: int | None = None,
+    attn_resolutions: Sequence[int] | None = None,
+    dropout: float | None = None,
+    augment_dim: int | None = None,
     ops: ModuleType | None = None,
-) -> nn.Module:
-    """Build the network called `name`: a preset ("DiT-B/4", or the official spelling "DiT-B-4"), or "DiT".
+) -> Network:
+    """Build the network called `name`: a preset ("DiT-B/4", or the official spelling "DiT-B-4"), "DiT" or "UNet".
 
     A preset fixes patch_size, hidden_size, depth, num_heads and mlp_ratio; "DiT" needs them (mlp_ratio defaults to 4).
-    Raises ValueError for an unknown name, a missing shape field or one that a preset already fixes.
+    "UNet" has the official CIFAR-10 shape, except for those of model_channels and the fields after it that are given.
+    in_channels and num_classes default to 4 and 1000; for "UNet", which is unconditional, to 3 and 0.
+    Raises ValueError for an unknown name, a missing shape field or one that the name does not take.
     """
+    unet_shape = {
+        "model_channels": model_channels,
+        "channel_mult": channel_mult,
+        "num_blocks": num_blocks,
+        "attn_resolutions": attn_resolutions,
+        "dropout": dropout,
+        "augment_dim": augment_dim,
+    }
+    if name == "UNet":
+        dit_shape = {
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+        }
+        _refuse_given(dit_shape, "name UNet has no such field")
+        return _build_unet(input_size, in_channels, num_classes, unet_shape, ops)
+    _refuse_given(unet_shape, f"only name UNet has such a field, not {name}")
     given: dict[str, int] = {
         key: value
         for key, value in (
@@ -54,19 +97,39 @@ def build_network(
     else:
         preset = _official_spelling(name)
         if preset not in DIT_PRESETS:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(DIT_PRESETS)}, or DiT with a shape")
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(DIT_PRESETS)}, UNet, or DiT with a shape")
         fixed = [*given, *(["mlp_ratio"] if mlp_ratio is not None else [])]
         if fixed:
             raise ValueError(f"{fixed[0]}: got a value, expected nothing, because name {preset} fixes the shape")
         shape = DIT_PRESETS[preset]
     return DiT(
         input_size=input_size,
-        in_channels=in_channels,
-        num_classes=num_classes,
+        in_channels=4 if in_channels is None else in_channels,
+        num_classes=1000 if num_classes is None else num_classes,
         mlp_ratio=4.0 if mlp_ratio is None else mlp_ratio,
         ops=ops,
         **shape,
     )
+
+
+def _build_unet(
+    input_size: int,
+    in_channels: int | None,
+    num_classes: int | None,
+    shape: Mapping[str, object],
+    ops: ModuleType | None,
+) -> UNet:
+    if num_classes:
+        raise ValueError(f"num_classes: got {num_classes}, expected 0, because name UNet is unconditional")
+    channels = 3 if in_channels is None else in_channels
+    given = {key: value for key, value in shape.items() if value is not None}
+    return UNet(img_resolution=input_size, in_channels=channels, out_channels=channels, ops=ops, **UNET_CIFAR10 | given)
+
+
+def _refuse_given(shape: Mapping[str, object], reason: str) -> None:
+    for key, value in shape.items():
+        if value is not None:
+            raise ValueError(f"{key}: got {value!r}, expected nothing, because {reason}")
 
 
 def _official_spelling(name: str) -> str:

@@ -6,11 +6,13 @@ Source: Peebles and Xie 2023 (adaLN-zero blocks); arXiv 2512.15657 (two time emb
 
 import math
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from soflow.kernels import reference
+from soflow.models.network import Network
 from soflow.models.pair import Pair, PairOps
 
 NUM_TIME_FEATURES = 256
@@ -40,7 +42,7 @@ class TimeEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.ModuleList(
+        self.mlp: Any = nn.ModuleList(
             (nn.Linear(NUM_TIME_FEATURES, hidden_size), nn.Identity(), nn.Linear(hidden_size, hidden_size))
         )
 
@@ -67,9 +69,16 @@ class Modulation(nn.ModuleList):
         super().__init__((nn.Identity(), nn.Linear(hidden_size, num_chunks * hidden_size)))
         self.num_chunks = num_chunks
 
+    @property
+    def layer(self) -> nn.Linear:
+        """The linear layer, which the official names call adaLN_modulation.1."""
+        layer = self[1]
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def forward(self, ops: PairOps, c: Pair) -> list[Pair]:
         """Map the activated conditioning silu(c), (B, D), to num_chunks pairs of (B, D)."""
-        return ops.linear(c, self[1]).chunk(self.num_chunks)
+        return ops.linear(c, self.layer).chunk(self.num_chunks)
 
 
 class Attention(nn.Module):
@@ -116,7 +125,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = Modulation(hidden_size, num_chunks=2)
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """F(x, t, s, labels), (B, C, H, W), and its finite difference.
 
     x: (B, in_channels, input_size, input_size).  t, s: (B,).  labels: (B,) int64, num_classes being the null label.
@@ -149,7 +158,9 @@ class DiT(nn.Module):
         self.t_embedder = TimeEmbedder(hidden_size)
         self.s_embedder = TimeEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, int(hidden_size * mlp_ratio)) for _ in range(depth))
+        self.blocks: Any = nn.ModuleList(
+            Block(hidden_size, num_heads, int(hidden_size * mlp_ratio)) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self._initialize()
 
@@ -211,14 +222,16 @@ class DiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        patch = self.x_embedder.proj
+        assert patch.bias is not None
+        nn.init.xavier_uniform_(patch.weight.flatten(1))
+        nn.init.zeros_(patch.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=EMBEDDING_STD)
         # s_embedder keeps Xavier, as the official code does.
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=EMBEDDING_STD)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=EMBEDDING_STD)
-        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
+        for modulation in (*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation):
+            nn.init.zeros_(modulation.layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
 

@@ -5,6 +5,7 @@ Source: difference propagation, see docs/difference_propagation.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -37,6 +38,19 @@ class Pair(NamedTuple):
         """Return the pair moved by a constant, which has no difference."""
         return Pair(self.x + constant, self.d)
 
+    def times(self, factor: Tensor) -> Pair:
+        """Return the pair times a factor of all rows, which has no difference: a dropout mask, for example."""
+        return Pair(self.x * factor, None if self.d is None else self.d * Pair(factor, self.d).base)
+
+    def map(self, linear_map: Callable[[Tensor], Tensor]) -> Pair:
+        """Return both sent through a linear map without parameters: a change of layout, for example."""
+        return Pair(linear_map(self.x), None if self.d is None else linear_map(self.d))
+
+    def join(self, other: Pair) -> Pair:
+        """Return both concatenated with those of `other` along dimension 1."""
+        d = None if self.d is None or other.d is None else torch.cat((self.d, other.d), dim=1)
+        return Pair(torch.cat((self.x, other.x), dim=1), d)
+
     def __add__(self, other: Pair) -> Pair:  # type: ignore[override]
         return Pair(self.x + other.x, None if self.d is None or other.d is None else self.d + other.d)
 
@@ -46,6 +60,9 @@ class PairOps:
 
     def __init__(self, ops: ModuleType) -> None:
         self.ops = ops
+
+    def __deepcopy__(self, memo: dict[int, object]) -> PairOps:
+        return self  # a namespace is shared, and modules cannot be copied
 
     def linear(self, x: Pair, layer: nn.Linear) -> Pair:
         """Return x W^T + bias."""
@@ -59,13 +76,13 @@ class PairOps:
         with torch.no_grad():
             return Pair(y, self.ops.linear_difference(x.d, weight))
 
-    def time_features(self, t: Pair, num_features: int) -> Pair:
+    def time_features(self, t: Pair, num_features: int, max_period: float = 10000.0) -> Pair:
         """Return the sine and cosine features of a time."""
-        y = self.ops.time_features(t.x, num_features)
+        y = self.ops.time_features(t.x, num_features, max_period)
         if t.d is None:
             return Pair(y)
         with torch.no_grad():
-            return Pair(y, self.ops.time_features_difference(t.base, t.d, num_features))
+            return Pair(y, self.ops.time_features_difference(t.base, t.d, num_features, max_period))
 
     def silu(self, x: Pair) -> Pair:
         """Return SiLU(x)."""
@@ -109,3 +126,27 @@ class PairOps:
                 y.base, gate.base, Pair(z, x.d).base, scale.base, x.d, y.d, gate.d, shift.d, scale.d
             )
         return Pair(z, dz), Pair(h, dh)
+
+    def conv(self, x: Pair, weight: Tensor, bias: Tensor) -> Pair:
+        """Return the zero-padded convolution of x with weight, plus bias."""
+        y = self.ops.conv(x.x, weight, bias)
+        if x.d is None:
+            return Pair(y)
+        with torch.no_grad():
+            return Pair(y, self.ops.conv_difference(x.d, weight))
+
+    def downsample(self, x: Pair, taps: Tensor) -> Pair:
+        """Return x filtered by `taps` at half the resolution."""
+        return x.map(lambda y: self.ops.downsample(y, taps))
+
+    def upsample(self, x: Pair, taps: Tensor) -> Pair:
+        """Return x spread by `taps` to twice the resolution."""
+        return x.map(lambda y: self.ops.upsample(y, taps))
+
+    def group_norm(self, x: Pair, weight: Tensor, bias: Tensor, num_groups: int) -> Pair:
+        """Return GroupNorm(x) weight + bias."""
+        y = self.ops.group_norm(x.x, weight, bias, num_groups)
+        if x.d is None:
+            return Pair(y)
+        with torch.no_grad():
+            return Pair(y, self.ops.group_norm_difference(x.base, x.d, weight, num_groups))

@@ -1,0 +1,40 @@
+"""What a flow, an objective and a trainer ask of a network."""
+
+import abc
+
+from torch import Tensor, nn
+
+
+class Network(nn.Module, abc.ABC):
+    """F(x, t, s, labels) and its finite difference.
+
+    x: (B, in_channels, input_size, input_size).  t, s: (B,).  labels: (B,) int64, num_classes being the null label,
+    or None for the null label in every row.  augment_labels: (B, A), or None.
+    """
+
+    input_size: int
+    in_channels: int
+    num_classes: int
+
+    @abc.abstractmethod
+    def forward(
+        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        """Return F(x, t, s, labels), of the shape of x."""
+
+    @abc.abstractmethod
+    def forward_difference(
+        self,
+        x: Tensor,
+        dx: Tensor,
+        t: Tensor,
+        dt: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return F_t = F(x, t, s) of all rows, and dF = F(x + dx, t + dt, s) - F(x, t, s) of the last len(dx) rows.
+
+        dx: (M, ...), dt: (M,), M <= B.  F_t carries the gradient; dF, (M, ...), carries none, and its rounding error is
+        relative to its own size.
+        """
