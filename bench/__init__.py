@@ -1,0 +1,1 @@
+"""Experiments and benchmarks: one question per file, one table per file."""
