@@ -22,7 +22,7 @@ def require(section: str, name: str, value: Any, valid: bool, expected: str) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it spelled out."""
+    """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it in full."""
 
     name: Annotated[str, "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, or DiT with the five shape fields below"]
     input_size: Annotated[int, "height and width of the images or latents the network sees"]
@@ -35,6 +35,7 @@ class NetworkConfig:
     mlp_ratio: Annotated[float | None, "hidden width of the MLP over hidden_size (name DiT only)"] = None
 
     def __post_init__(self) -> None:
+        require("network", "name", self.name, self.name != "UNet", "a DiT: the U-Net has no recipe yet")
         for name in ("input_size", "in_channels"):
             require("network", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         require("network", "num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
@@ -69,7 +70,9 @@ class ObjectiveConfig:
         for name in ("fm_ratio", "mix_ratio", "label_dropout"):
             require("objective", name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         require("objective", "cfg_scale", self.cfg_scale, 1 <= self.cfg_scale < math.inf, "a number of at least 1")
-        require("objective", "cfg_decay_time", self.cfg_decay_time, 0 < self.cfg_decay_time <= 1, "above 0 and at most 1")
+        require(
+            "objective", "cfg_decay_time", self.cfg_decay_time, 0 < self.cfg_decay_time <= 1, "above 0 and at most 1"
+        )
         require("objective", "loss_p", self.loss_p, 0 <= self.loss_p < math.inf, "a number of at least 0")
         require("objective", "loss_eps", self.loss_eps, 0 < self.loss_eps < math.inf, "a number above 0")
         if self.cfg_scale > 1:
@@ -111,7 +114,9 @@ class TimesConfig:
 class DataConfig:
     """Where the training images come from."""
 
-    source: Annotated[Literal["digits", "latents"], "digits: scikit-learn's handwritten digits; latents: encoded images"]
+    source: Annotated[
+        Literal["digits", "latents"], "digits: scikit-learn's handwritten digits; latents: encoded images"
+    ]
     root: Annotated[str | None, "folder of the data set (latents only)"] = None
 
     def __post_init__(self) -> None:
@@ -147,7 +152,9 @@ class EmaConfig:
 
     decay: Annotated[float, "decay per training step"] = 0.9999
     every: Annotated[int, "update every so many steps, with decay ** every"] = 1
-    dtype: Annotated[Literal["float32", "float64"], "precision of the update; the average is kept in float32"] = "float32"
+    dtype: Annotated[Literal["float32", "float64"], "precision of the update; the average is kept in float32"] = (
+        "float32"
+    )
 
     def __post_init__(self) -> None:
         require("ema", "decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
@@ -179,6 +186,11 @@ class EngineConfig:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU when there is one"] = "auto"
     precision: Annotated[Literal["fp32", "tf32"], "matrix products on a GPU in float32 or TF32"] = "fp32"
+    threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            require("engine", "threads", self.threads, self.threads >= 1, "an integer of at least 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,4 +215,10 @@ class Config:
         require("", "name", self.name, name_valid, "letters, digits, '.', '_' and '-' only")
         require("", "seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
         if self.objective.cfg_scale > 1:
-            require("network", "num_classes", self.network.num_classes, self.network.num_classes >= 1, NULL_LABEL_NEEDS_CLASSES)
+            require(
+                "network",
+                "num_classes",
+                self.network.num_classes,
+                self.network.num_classes >= 1,
+                NULL_LABEL_NEEDS_CLASSES,
+            )

@@ -1,0 +1,375 @@
+"""The command line: `soflow train`, `soflow sample`, `soflow doctor`.
+
+Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
+with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from soflow.config import Config
+    from soflow.doctor import Report
+    from soflow.flow import SolutionFlow
+
+DONE, FAILED, BAD_INPUT, STOPPED = range(4)
+MAX_NUMBERS = 10_000_000
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be used together or with the given checkpoint; the message says which and why."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: of the process) names; return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="soflow",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train one-step generators with solution flow models, and sample from them.",
+        epilog="\n".join(["commands:", *(f"  {name:<8} {command.summary}" for name, command in COMMANDS.items())])
+        + "\n\nsoflow COMMAND --help says more.",
+        usage="soflow COMMAND ...",
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(argv)
+    command = COMMANDS[chosen.command]
+    # Intermixed: options may stand between the overrides of `train`.
+    args = command.parser().parse_intermixed_args(chosen.arguments)
+    try:
+        return command.run(args)
+    except (ValueError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow train
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    from soflow.config_file import describe_fields
+
+    lines = ["fields of the configuration:"]
+    for field in describe_fields():
+        default = "required" if field.default == "required" else f"default {field.default}"
+        lines += [f"  {field.name}: {field.type}; {default}", f"      {field.help}"]
+    parser = _parser(
+        "train",
+        "Train a network from a configuration. A run that was interrupted continues when the same command is given "
+        "again. Several processes: torchrun --nproc-per-node N train.py CONFIG ...",
+        "\n".join(lines),
+    )
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, such as configs/digits.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="section.field=value",
+        help="changes to it; the value is read as YAML",
+    )
+    parser.add_argument("--resume", type=Path, metavar="STEP_FOLDER", help="continue from this checkpoint of the run")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument(
+        "--dry-run", action="store_true", help="build everything, say what would be trained, write nothing"
+    )
+    only.add_argument("--print-config", action="store_true", help="print the complete configuration as YAML and stop")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    from soflow.config_file import dump_config, load_config
+
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(dump_config(config), end="")
+        return DONE
+    if args.dry_run:
+        print(_summary(config))
+        return DONE
+
+    from soflow.distributed import join_processes
+    from soflow.trainer import DivergedError, Trainer
+
+    with join_processes(config.engine.device) as processes:
+        trainer = Trainer(config, processes, args.resume)
+        try:
+            complete = trainer.fit()
+        except DivergedError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        if not complete and processes.is_first:
+            print(f"stopped after step {trainer.finished}; the same command continues")
+    return DONE if complete else STOPPED
+
+
+def _summary(config: "Config") -> str:
+    """What training would do, after building all of it; the weights without memory, so that any size fits."""
+    import torch
+
+    from soflow.data import open_source
+    from soflow.distributed import resolve_device
+    from soflow.run_folder import build_flow, choose_ops
+    from soflow.trainer import build_objective, require_matching_data
+
+    device = resolve_device(config.engine.device)
+    source = open_source(config.data)
+    require_matching_data(config, source)
+    with torch.device("meta"):
+        flow = build_flow(config.network, config.flow, choose_ops(device))
+    build_objective(config, choose_ops(device))
+    network, train = config.network, config.train
+    millions = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
+    shape = " x ".join(map(str, source.image_shape))
+    epochs = train.total_steps * train.batch_size / len(source)
+    folder = Path(config.output_dir) / config.name
+    lines = {
+        "network": f"{network.name}, {millions:.1f} M parameters, {shape}, {network.num_classes or 'no'} classes",
+        "data": f"{config.data.source}, {len(source)} samples, {source.num_classes} classes",
+        "training": f"{train.total_steps} steps of {train.batch_size} samples: {epochs:.1f} epochs",
+        "device": f"{device}, {config.engine.precision}",
+        "run folder": f"{folder} ({'exists and would be continued' if folder.exists() else 'new'})",
+    }
+    return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow sample
+
+
+def _sample_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "sample",
+        "Draw one image per seed. The classes take turns: image i has the i-th seed and class i modulo the number of "
+        "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class and --nfe, "
+        "not on the other images or the batch size.",
+        "examples:\n"
+        "  soflow sample runs/digits --seeds 0-99 --grid digits.png     10 images of each of 10 classes, a row each\n"
+        "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz",
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="run folder (its newest checkpoint), step folder, or official .pt file"
+    )
+    parser.add_argument("--nfe", type=_positive, default=1, metavar="N", help="network calls per image (default 1)")
+    parser.add_argument("--classes", type=_numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
+    parser.add_argument(
+        "--seeds", type=_numbers, default="0-99", metavar="LIST", help="one per image, such as 0-99 (default 0-99)"
+    )
+    parser.add_argument(
+        "--grid", type=_file(".png"), metavar="FILE.png", help="write all images as one, classes as rows"
+    )
+    parser.add_argument(
+        "--npz",
+        type=_file(".npz"),
+        metavar="FILE.npz",
+        help="write the images in the order of the seeds, as the array arr_0, N x H x W x 3 uint8",
+    )
+    parser.add_argument("--batch-size", type=_positive, default=100, metavar="N", help="images at once (default 100)")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="averaged weights, or those of the last step (default ema)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one (default)"
+    )
+    return parser
+
+
+def _sample(args: argparse.Namespace) -> int:
+    if args.grid is None and args.npz is None:
+        raise UsageError("nothing to write: expected --grid FILE.png, --npz FILE.npz or both")
+    import torch
+
+    from soflow import images
+    from soflow.distributed import resolve_device
+    from soflow.run_folder import load_flow
+
+    for path in filter(None, (args.grid, args.npz)):
+        images.require_writable(path)
+    device = resolve_device(args.device)
+    flow, step = load_flow(args.path, args.weights, device)
+    network: Any = flow.network
+    if network.in_channels not in (1, 3):
+        raise UsageError(
+            f"{args.path}: its network draws {network.in_channels} channels, expected 1 or 3: these are latents, and "
+            "there is no decoder yet that makes pixels of them"
+        )
+    classes = _choose_classes(args.classes, network.num_classes, len(args.seeds))
+    seeds = torch.tensor(args.seeds, device=device)
+    labels = torch.tensor(classes, device=device).repeat(len(seeds) // len(classes)) if classes else None
+
+    start = time.perf_counter()
+    pixels = _draw(flow, seeds, labels, args.nfe, args.batch_size)
+    seconds = time.perf_counter() - start
+
+    if args.npz is not None:
+        images.save_npz(args.npz, pixels)
+    if args.grid is not None:
+        columns = len(seeds) // len(classes) if classes else math.ceil(math.sqrt(len(seeds)))
+        # From classes taking turns to one row per class.
+        rows = pixels.reshape(columns, len(classes), *pixels.shape[1:]).swapaxes(0, 1) if classes else pixels
+        images.save_png(args.grid, images.grid(rows.reshape(pixels.shape), columns))
+    print(
+        f"{len(seeds)} images, {args.nfe} NFE, {args.weights} weights of step {step}, {seconds:.1f} s on {device}: "
+        + ", ".join(str(path) for path in (args.grid, args.npz) if path is not None)
+    )
+    return DONE
+
+
+def _choose_classes(asked: list[int] | None, num_classes: int, num_seeds: int) -> list[int]:
+    if num_classes == 0 and asked is not None:
+        raise UsageError("--classes: expected nothing, because the network is unconditional")
+    classes = list(range(num_classes)) if asked is None else asked
+    if classes and max(classes) >= num_classes:
+        raise UsageError(f"--classes: got {max(classes)}, expected classes from 0 to {num_classes - 1}")
+    if classes and num_seeds % len(classes):
+        raise UsageError(
+            f"--seeds: got {num_seeds} seeds, expected a multiple of {len(classes)}, the number of classes"
+        )
+    return classes
+
+
+def _draw(flow: "SolutionFlow", seeds: "Tensor", labels: "Tensor | None", nfe: int, batch_size: int) -> "np.ndarray":
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from soflow.images import to_uint8
+    from soflow.sampling import sample, sample_noise
+
+    network: Any = flow.network
+    shape = (network.in_channels, network.input_size, network.input_size)
+    batches = []
+    with tqdm(total=len(seeds), unit="image", file=sys.stderr, disable=None) as bar:
+        for start in range(0, len(seeds), batch_size):
+            rows = slice(start, start + batch_size)
+            noise, renoise = sample_noise(seeds[rows], shape, nfe)
+            x = sample(flow, None if labels is None else labels[rows], (len(noise), *shape), nfe, noise, renoise)
+            if not torch.isfinite(x).all():
+                raise UsageError("the network draws NaN or infinity: its training has diverged")
+            batches.append(to_uint8(x))
+            bar.update(len(x))
+    return np.concatenate(batches)
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow doctor
+
+
+def _doctor_parser() -> argparse.ArgumentParser:
+    parser = _parser("doctor", "Say what of this machine works, what is missing or broken, and why.", None)
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from soflow.doctor import examine
+
+    report = examine()
+    print(json.dumps(asdict(report) | {"ok": report.ok}, indent=1) if args.json else _report_text(report))
+    return DONE if report.ok else FAILED
+
+
+def _report_text(report: "Report") -> str:
+    lines = [f"Python {report.python} on {report.platform}"]
+    lines += [
+        f"GPU {gpu.index}: {gpu.name}, capability {gpu.capability}, {gpu.memory_gib:.1f} GiB" for gpu in report.gpus
+    ]
+    for title, required in (("required", True), ("optional", False)):
+        lines += ["", f"{title}:"]
+        for finding in report.findings:
+            if finding.required == required:
+                detail = " ".join(finding.detail.split())
+                lines.append(f"  {finding.status:<8} {finding.name:<15} {finding.version or '-':<12} {detail}".rstrip())
+    return "\n".join([*lines, "", f"everything required works: {'yes' if report.ok else 'no'}"])
+
+
+# ------------------------------------------------------------------------------------------------
+# What the commands share.
+
+
+def _parser(command: str, description: str, epilog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"soflow {command}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.fill(description, 100),
+        epilog=epilog,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    """The numbers of a list such as '0,2,5-9', in the order given; no number twice."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers and ranges such as 0,2,5-9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, expected a range that ends at {first} or later")
+        if len(numbers) + last - first >= MAX_NUMBERS:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected at most {MAX_NUMBERS} numbers")
+        numbers += range(first, last + 1)
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected no number twice")
+    return numbers
+
+
+def _file(suffix: str) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        if Path(text).suffix != suffix:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a file name that ends in {suffix}")
+        return Path(text)
+
+    return parse
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+class Command(NamedTuple):
+    """One command: its line of the help, its parser, and what it does; it returns the exit code."""
+
+    summary: str
+    parser: Callable[[], argparse.ArgumentParser]
+    run: Callable[[argparse.Namespace], int]
+
+
+COMMANDS = {
+    "train": Command("train a network from a configuration, or continue its run", _train_parser, _train),
+    "sample": Command("draw images from a checkpoint", _sample_parser, _sample),
+    "doctor": Command("say what of this machine works, what is missing or broken, and why", _doctor_parser, _doctor),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

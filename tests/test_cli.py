@@ -1,0 +1,479 @@
+"""The commands as a user types them: what they print and write, and how they refuse bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from soflow import checkpoint, trainer
+from soflow.cli import main
+from soflow.config_file import describe_fields, parse_config
+from soflow.kernels import reference
+from soflow.run_folder import build_flow, checkpoint_meta, load_flow
+from soflow.sampling import sample, sample_noise
+
+ROOT = Path(__file__).parents[1]
+LIKE_TRAIN = ("train.total_steps=4", "train.checkpoint_every=2", "train.log_every=2")
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(f"{tiny.TEXT}output_dir: {tmp_path / 'runs'}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder with checkpoints of steps 2 and 4. Tests that write there copy it first."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(f"{tiny.TEXT}output_dir: {folder}\n")
+    assert main(["train", str(folder / "tiny.yaml"), *LIKE_TRAIN]) == 0
+    return folder / "tiny"
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def refusal(capsys, *argv: object) -> str:
+    """Run a command that must refuse its input with exit code 2; return the message."""
+    capsys.readouterr()
+    try:
+        code = main([str(argument) for argument in argv])
+    except SystemExit as stop:  # argparse refuses by leaving
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert "error: " in captured.err
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+# ------------------------------------------------------------------------------------------------
+# Help and usage.
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--help"])
+    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["train", "sample", "doctor"]
+
+
+def test_help_of_train_lists_every_field_with_type_default_and_help(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    for field in describe_fields():
+        default = field.default if field.default == "required" else f"default {field.default}"
+        assert f"  {field.name}: {field.type}; {default}\n      {field.help}\n" in f"{text}\n"
+
+
+def test_help_says_how_classes_and_seeds_belong_together(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["sample", "--help"])
+    assert "image i has the i-th seed and class i modulo the" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["sample"], ["doctor", "extra"], ["train", "--dry"]])
+def test_wrong_usage(capsys, argv):
+    assert refusal(capsys, *argv).startswith("usage: soflow")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["sample", "--help"], ["train", "{}", "--print-config"]]
+)
+def test_torch_is_not_imported_where_it_is_not_needed(recipe, argv):
+    code = "import sys; sys.modules['torch'] = None; from soflow.cli import main; sys.exit(main(sys.argv[1:]))"
+    argv = [str(recipe) if word == "{}" else word for word in argv]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow train
+
+
+def test_train_py_is_soflow_train(recipe, tmp_path):
+    command = [sys.executable, ROOT / "train.py", recipe, "train.total_steps=2", "--traceback", "name=other"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/other/checkpoints/step-00000002").is_dir()
+    assert "step 2/2" in done.stdout
+
+
+def test_trained_run_folder(trained):
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert checkpoint.newest(trained / "checkpoints") == trained / "checkpoints/step-00000004"
+
+
+def test_print_config_is_complete_and_reads_back(recipe, capsys, tmp_path):
+    before = snapshot(tmp_path)
+    assert main(["train", str(recipe), "optim.lr=2e-4", "--print-config"]) == 0
+    printed = parse_config(capsys.readouterr().out, "printed")
+    assert printed == tiny.config(tmp_path / "runs", "optim.lr=2e-4")
+    assert snapshot(tmp_path) == before
+
+
+def test_dry_run_says_what_would_be_trained_and_writes_nothing(recipe, capsys, tmp_path):
+    before = snapshot(tmp_path)
+    assert main(["train", str(recipe), "train.batch_size=16", "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    config = tiny.config(tmp_path)
+    parameters = sum(p.numel() for p in build_flow(config.network, config.flow, reference).parameters())
+    assert f"DiT, {parameters / 1e6:.1f} M parameters, 1 x 8 x 8, 10 classes" in text
+    assert "digits, 1437 samples, 10 classes" in text
+    assert "8 steps of 16 samples: 0.1 epochs" in text
+    assert "cpu, fp32" in text
+    assert f"{tmp_path / 'runs' / 'tiny'} (new)" in text
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["b4", "xl2"])
+def test_dry_run_counts_the_official_parameters(capsys, monkeypatch, name):
+    class Latents:
+        image_shape, num_classes, fingerprint = (4, 32, 32), 1000, "none"
+
+        def __len__(self) -> int:
+            return 1_281_167
+
+    monkeypatch.setattr("soflow.data.open_source", lambda config: Latents())
+    assert main(["train", str(ROOT / f"configs/imagenet-{name}.yaml"), "--dry-run", "engine.device=cpu"]) == 0
+    assert {"b4": "131.2 M", "xl2": "676.7 M"}[name] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.totalsteps=3"], "train.totalsteps: unknown field; did you mean 'train.total_steps'?"),
+        (["train.batch_size=x"], "train.batch_size: got 'x', expected an integer"),
+        (["train.batch_size=5000"], "train.batch_size: got 5000, expected at most 1437"),
+        (["network.input_size=16"], "network.input_size: got 16, expected 8"),
+        (["network.num_classes=7"], "network.num_classes: got 7, expected 10"),
+        (["network.patch_size=3"], "patch_size: got 3, expected a divisor of"),
+        (["network.name=DiT-B-9"], "got 'DiT-B-9', expected"),
+        (["data={source: latents, root: nowhere}"], "nowhere"),
+        (["name=a/b"], "name: got 'a/b', expected letters"),
+    ],
+)
+@pytest.mark.parametrize("mode", [[], ["--dry-run"]], ids=["train", "dry-run"])
+def test_train_refuses_bad_configurations_and_writes_nothing(recipe, capsys, tmp_path, overrides, message, mode):
+    before = snapshot(tmp_path)
+    assert message in refusal(capsys, "train", recipe, *overrides, *mode)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["name: [", "name: a\nname: b\n", "", "\x00"])
+def test_train_refuses_malformed_yaml(capsys, tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert str(path) in refusal(capsys, "train", path)
+
+
+def test_train_refuses_a_missing_file(capsys, tmp_path):
+    assert f"{tmp_path / 'no.yaml'}: cannot be read" in refusal(capsys, "train", tmp_path / "no.yaml")
+
+
+def test_train_refuses_the_folder_of_another_model(trained, capsys):
+    before = snapshot(trained)
+    message = refusal(capsys, "train", trained.parent / "tiny.yaml", *LIKE_TRAIN, "network.depth=2", "seed=4")
+    assert "network.depth: 1, 2" in message
+    assert "seed: 3, 4" in message
+    assert snapshot(trained) == before
+
+
+def test_train_refuses_an_output_dir_that_is_a_file(recipe, capsys, tmp_path):
+    (tmp_path / "runs").write_text("mine")
+    refusal(capsys, "train", recipe)
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
+def test_train_refuses_an_unwritable_folder(recipe, capsys):
+    assert "/proc" in refusal(capsys, "train", recipe, "output_dir=/proc")
+
+
+def test_train_refuses_a_corrupt_checkpoint_that_it_is_told_to_resume(trained, capsys, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "tiny")
+    broken = run / "checkpoints/step-00000002"
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xaa" if file.read(1) != b"\xaa" else b"\x55")
+    before = snapshot(run)
+    argv = ("train", trained.parent / "tiny.yaml", *LIKE_TRAIN, f"output_dir={tmp_path}", "--resume", broken)
+    assert "model.safetensors" in refusal(capsys, *argv)
+    assert snapshot(run) == before
+
+
+def test_train_continues_a_run(trained, capsys, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "tiny")
+    step_2 = run / "checkpoints/step-00000002"
+    argv = ["train", str(trained.parent / "tiny.yaml"), *LIKE_TRAIN, f"output_dir={tmp_path}"]
+    assert main([*argv, "--resume", str(step_2)]) == 0
+    again, first = (checkpoint.load(folder / "checkpoints/step-00000004") for folder in (run, trained))
+    assert all(torch.equal(again.model[name], first.model[name]) for name in first.model)
+
+
+def test_divergence_is_exit_code_1(recipe, capsys, monkeypatch):
+    def diverge(self: trainer.Trainer) -> bool:
+        raise trainer.DivergedError("step 3: loss/total not finite")
+
+    monkeypatch.setattr(trainer.Trainer, "fit", diverge)
+    assert main(["train", str(recipe)]) == 1
+    assert capsys.readouterr().err == "error: step 3: loss/total not finite\n"
+
+
+def test_a_stop_by_a_signal_is_exit_code_3(recipe, capsys, monkeypatch):
+    monkeypatch.setattr(trainer.Trainer, "_should_stop", lambda self: self.finished == 5)
+    assert main(["train", str(recipe)]) == 3
+    assert "stopped after step 5; the same command continues" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["train", str(recipe)]) == 0
+
+
+def test_errors_of_the_program_are_not_disguised(recipe, monkeypatch):
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("soflow.config_file.load_config", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(recipe)])
+
+
+def test_traceback_on_demand(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        main(["train", str(tmp_path / "no.yaml"), "--traceback"])
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow sample
+
+
+def drawn(path: Path) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as archive:
+        return archive["arr_0"]
+
+
+@pytest.mark.parametrize("nfe", [1, 2])
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_sample_draws_what_the_library_draws(trained, tmp_path, capsys, nfe, weights):
+    npz = tmp_path / "a.npz"
+    argv = [
+        "sample",
+        trained,
+        "--nfe",
+        nfe,
+        "--weights",
+        weights,
+        "--classes",
+        "3,7-8",
+        "--seeds",
+        "5-9,2",
+        "--npz",
+        npz,
+    ]
+    assert main(list(map(str, argv))) == 0
+    assert f"6 images, {nfe} NFE, {weights} weights of step 4" in capsys.readouterr().out
+    flow, _ = load_flow(trained, weights)
+    noise, renoise = sample_noise(torch.tensor([5, 6, 7, 8, 9, 2]), (1, 8, 8), nfe)
+    x = sample(flow, torch.tensor([3, 7, 8, 3, 7, 8]), (6, 1, 8, 8), nfe, noise, renoise)
+    expected = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
+    assert np.array_equal(drawn(npz), expected.numpy())
+
+
+def test_images_do_not_depend_on_the_batch_size(trained, tmp_path):
+    for size in (1, 7, 100):
+        argv = ["sample", str(trained), "--seeds", "0-19", "--npz", str(tmp_path / f"{size}.npz"), "--batch-size"]
+        assert main([*argv, str(size)]) == 0
+    one, seven, all_at_once = (drawn(tmp_path / f"{size}.npz").astype(int) for size in (1, 7, 100))
+    # Matrix products of other shapes may round differently, by one step of a pixel at most.
+    assert np.abs(one - all_at_once).max() <= 1
+    assert np.abs(seven - all_at_once).max() <= 1
+    assert len(np.unique(all_at_once.reshape(20, -1), axis=0)) == 20
+
+
+def test_grid_has_one_row_per_class_and_one_column_per_turn(trained, tmp_path):
+    grid, npz = tmp_path / "a.png", tmp_path / "a.npz"
+    argv = ["sample", trained, "--classes", "4,1", "--seeds", "0-5", "--grid", grid, "--npz", npz]
+    assert main(list(map(str, argv))) == 0
+    with Image.open(grid) as picture:
+        pixels = np.asarray(picture)
+    images = drawn(npz)[..., 0]
+    assert pixels.shape == (2 * 65 + 1, 3 * 65 + 1)
+    for index in range(6):
+        turn, row = divmod(index, 2)
+        cell = pixels[row * 65 + 1 : (row + 1) * 65 : 8, turn * 65 + 1 : (turn + 1) * 65 : 8]
+        assert np.array_equal(cell, images[index])
+
+
+def test_sample_takes_step_folders_and_official_files(trained, tmp_path):
+    step_4 = trained / "checkpoints/step-00000004"
+    for source in (trained, step_4):
+        assert main(["sample", str(source), "--seeds", "0-9", "--npz", str(tmp_path / f"{source.name}.npz")]) == 0
+    assert np.array_equal(drawn(tmp_path / "tiny.npz"), drawn(tmp_path / "step-00000004.npz"))
+
+
+def unconditional(folder: Path, channels: int = 1, poison: bool = False) -> Path:
+    """A step folder of an untrained network without classes."""
+    config = parse_config(
+        "{name: x, network: {name: DiT, input_size: 4, num_classes: 0, patch_size: 2, hidden_size: 8, "
+        f"depth: 1, num_heads: 1, in_channels: {channels}}}, data: {{source: digits}}, "
+        "train: {total_steps: 1, batch_size: 1}}",
+        "test",
+    )
+    flow = build_flow(config.network, config.flow, reference)
+    weights = flow.network.state_dict()
+    if poison:
+        weights["final_layer.linear.bias"] = torch.full_like(weights["final_layer.linear.bias"], torch.nan)
+    meta = checkpoint_meta(config, "none", {"steps": 0, "sums": []})
+    return checkpoint.save(folder, 1, model=weights, ema=weights, optimizer={}, meta=meta)
+
+
+def test_unconditional_networks_have_no_classes(tmp_path, capsys):
+    folder = unconditional(tmp_path)
+    assert "unconditional" in refusal(capsys, "sample", folder, "--classes", "0", "--grid", tmp_path / "a.png")
+    assert main(["sample", str(folder), "--seeds", "0-4", "--grid", str(tmp_path / "a.png")]) == 0
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * 65 + 1, 2 * 65 + 1)
+
+
+def test_colour_images(tmp_path):
+    folder = unconditional(tmp_path, channels=3)
+    assert main(["sample", str(folder), "--seeds", "0-3", "--npz", str(tmp_path / "a.npz")]) == 0
+    images = drawn(tmp_path / "a.npz")
+    assert images.shape == (4, 4, 4, 3)
+    assert not np.array_equal(images[..., 0], images[..., 1])
+
+
+def test_latents_are_refused(tmp_path, capsys):
+    folder = unconditional(tmp_path, channels=4)
+    message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz")
+    assert "draws 4 channels, expected 1 or 3: these are latents" in message
+    assert not (tmp_path / "a.npz").exists()
+
+
+def test_a_diverged_network_is_refused_and_the_old_file_stays(tmp_path, capsys):
+    folder = unconditional(tmp_path, poison=True)
+    (tmp_path / "a.png").write_bytes(b"old")
+    assert "NaN or infinity" in refusal(capsys, "sample", folder, "--grid", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--nfe", "0"], "--nfe: got '0', expected an integer of at least 1"),
+        (["--nfe", "-1"], "--nfe: "),
+        (["--nfe", "1.5"], "--nfe: got '1.5', expected an integer of at least 1"),
+        (["--batch-size", "0"], "--batch-size: got '0', expected an integer of at least 1"),
+        (["--classes", "10"], "--classes: got 10, expected classes from 0 to 9"),
+        (["--classes", "0-10"], "--classes: got 10, expected classes from 0 to 9"),
+        (["--classes", "1,1"], "--classes: got '1,1', expected no number twice"),
+        (["--classes", "x"], "--classes: got 'x', expected numbers and ranges such as 0,2,5-9"),
+        (["--seeds", ""], "--seeds: got '', expected numbers and ranges"),
+        (["--seeds", "1,"], "--seeds: got '1,', expected numbers and ranges"),
+        (["--seeds", "5-1"], "--seeds: got '5-1', expected a range that ends at 5 or later"),
+        (["--seeds", "-3"], "--seeds: "),
+        (["--seeds", "1.5"], "--seeds: got '1.5', expected numbers and ranges"),
+        (["--seeds", "0-99999999999"], "--seeds: got '0-99999999999', expected at most 10000000 numbers"),
+        (["--seeds", "9" * 30], "--seeds: "),
+        (["--seeds", "0-10"], "--seeds: got 11 seeds, expected a multiple of 10"),
+        (["--weights", "best"], "--weights: "),
+        (["--npz", "{tmp}/nowhere/a.npz"], "/nowhere/a.npz: cannot write: No such file or directory"),
+        (["--npz", "{tmp}/a.txt"], "a.txt', expected a file name that ends in .npz"),
+        (["--npz", "{tmp}/folder.npz"], "folder.npz: cannot write, it is a folder"),
+    ],
+)
+def test_sample_refuses(trained, tmp_path, capsys, argv, message):
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "a.png").write_bytes(b"old")
+    before = snapshot(tmp_path)
+    argv = [word.replace("{tmp}", str(tmp_path)) for word in argv]
+    assert message in refusal(capsys, "sample", trained, "--grid", tmp_path / "a.png", *argv)
+    assert snapshot(tmp_path) == before
+
+
+def test_sample_refuses_to_draw_for_nothing(trained, capsys):
+    assert "expected --grid FILE.png, --npz FILE.npz or both" in refusal(capsys, "sample", trained)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_sample_refuses_a_gpu_that_is_not_there(trained, tmp_path, capsys):
+    refusal(capsys, "sample", trained, "--grid", tmp_path / "a.png", "--device", "cuda")
+
+
+def test_sample_checks_that_it_can_write_before_it_loads(tmp_path, capsys):
+    message = refusal(capsys, "sample", tmp_path / "no-run", "--grid", tmp_path / "nowhere/a.png")
+    assert "nowhere" in message
+    assert "no-run" not in message
+
+
+def test_sample_refuses_what_is_no_checkpoint(tmp_path, capsys):
+    grid = tmp_path / "a.png"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("nowhere", "nowhere.pt", "empty", "text.pt"):
+        assert name in refusal(capsys, "sample", tmp_path / name, "--grid", grid)
+    assert not grid.exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json", "MANIFEST.json"])
+def test_sample_refuses_a_corrupt_checkpoint(trained, tmp_path, capsys, name):
+    step = shutil.copytree(trained / "checkpoints/step-00000004", tmp_path / "step-00000004")
+    data = bytearray((step / name).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (step / name).write_bytes(bytes(data))
+    assert name in refusal(capsys, "sample", step, "--grid", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow doctor
+
+
+def test_doctor_prints_every_finding(capsys):
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"works +torch +{re.escape(torch.__version__)}", text)
+    assert text.endswith("everything required works: yes\n")
+    for name in ("triton", "nvidia-dali", "NVIDIA apex", "CUDA extension", "GPU", "NVIDIA driver"):
+        assert re.search(rf"(works|missing|broken) +{name}", text)
+
+
+def test_doctor_as_json_without_the_interpreter():
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "soflow.cli", "doctor", "--json"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] is True
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert findings["torch"]["version"] == torch.__version__
+    assert findings["triton"]["status"] == "missing" or "compiled" in findings["triton"]["detail"]
+
+
+def test_doctor_works_without_torch_and_says_so():
+    code = "import sys; sys.modules['torch'] = None; from soflow.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"missing +torch", done.stdout)
+    assert "everything required works: no" in done.stdout

@@ -1,0 +1,163 @@
+"""What the configuration classes refuse by themselves."""
+
+import dataclasses
+import math
+import typing
+
+import pytest
+
+from soflow.config import (
+    Config,
+    DataConfig,
+    EmaConfig,
+    EngineConfig,
+    FlowConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TimesConfig,
+    TrainConfig,
+)
+
+SECTIONS = (
+    Config,
+    DataConfig,
+    EmaConfig,
+    EngineConfig,
+    FlowConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TimesConfig,
+    TrainConfig,
+)
+
+NETWORK = {"name": "DiT-B/4", "input_size": 32, "in_channels": 4, "num_classes": 1000}
+TRAIN = {"total_steps": 10, "batch_size": 4}
+NEEDED = {NetworkConfig: NETWORK, TrainConfig: TRAIN, DataConfig: {"source": "digits"}}
+
+
+def config(**changes: object) -> Config:
+    needed = {
+        "name": "run",
+        "network": NetworkConfig(**NETWORK),
+        "data": DataConfig(source="digits"),
+        "train": TrainConfig(**TRAIN),
+    }
+    return Config(**{**needed, **changes})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_has_a_help_text(section):
+    hints = typing.get_type_hints(section, include_extras=True)
+    for field in dataclasses.fields(section):
+        if not dataclasses.is_dataclass(hints[field.name]):
+            text = typing.get_args(hints[field.name])[1]
+            assert isinstance(text, str), field.name
+            assert len(text) > 3, field.name
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_sections_are_frozen(section):
+    built = config() if section is Config else section(**NEEDED.get(section, {}))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(built, dataclasses.fields(section)[0].name, "other")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (NetworkConfig, "network.name", "UNet"),
+        (NetworkConfig, "network.input_size", 0),
+        (NetworkConfig, "network.in_channels", 0),
+        (NetworkConfig, "network.num_classes", -1),
+        (ObjectiveConfig, "objective.fm_ratio", 1.01),
+        (ObjectiveConfig, "objective.mix_ratio", -0.01),
+        (ObjectiveConfig, "objective.label_dropout", math.nan),
+        (ObjectiveConfig, "objective.cfg_scale", 0.5),
+        (ObjectiveConfig, "objective.cfg_scale", math.inf),
+        (ObjectiveConfig, "objective.cfg_decay_time", 0.0),
+        (ObjectiveConfig, "objective.cfg_decay_time", 1.5),
+        (ObjectiveConfig, "objective.loss_p", -1.0),
+        (ObjectiveConfig, "objective.loss_eps", 0.0),
+        (TimesConfig, "times.velocity_mean", math.inf),
+        (TimesConfig, "times.t_std", 0.0),
+        (TimesConfig, "times.s_std", math.nan),
+        (TimesConfig, "times.gap_init", 0.0),
+        (TimesConfig, "times.gap_end", 1.1),
+        (OptimConfig, "optim.lr", 0.0),
+        (OptimConfig, "optim.betas", (0.9, 1.0)),
+        (OptimConfig, "optim.eps", -1e-8),
+        (OptimConfig, "optim.weight_decay", math.nan),
+        (OptimConfig, "optim.clip_norm", 0.0),
+        (EmaConfig, "ema.decay", 1.0),
+        (EmaConfig, "ema.every", 0),
+        (EngineConfig, "engine.threads", 0),
+        (TrainConfig, "train.total_steps", 0),
+        (TrainConfig, "train.batch_size", 0),
+        (TrainConfig, "train.log_every", 0),
+        (TrainConfig, "train.sample_every", -1),
+        (TrainConfig, "train.sample_nfe", 0),
+        (TrainConfig, "train.checkpoint_every", 0),
+        (TrainConfig, "train.keep_last", -1),
+    ],
+)
+def test_values_no_run_can_use_are_refused(section, field, value):
+    with pytest.raises(ValueError, match="expected") as caught:
+        section(**{**NEEDED.get(section, {}), field.partition(".")[2]: value})
+    assert str(caught.value).startswith(f"{field}: got {value!r}, expected ")
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        (ObjectiveConfig, {"fm_ratio": 0.0}),
+        (ObjectiveConfig, {"fm_ratio": 1.0}),
+        (ObjectiveConfig, {"cfg_decay_time": 1.0, "loss_p": 0.0}),
+        (ObjectiveConfig, {"cfg_scale": 3.0, "label_dropout": 0.1}),
+        (TimesConfig, {"gap_init": 1.0, "gap_end": 1.0}),
+        (OptimConfig, {"betas": (0.0, 0.0), "clip_norm": 1.0}),
+        (EmaConfig, {"decay": 0.0}),
+        (TrainConfig, {**TRAIN, "sample_every": 0, "keep_last": 0}),
+        (NetworkConfig, {**NETWORK, "num_classes": 0}),
+        (DataConfig, {"source": "latents", "root": "somewhere"}),
+    ],
+)
+def test_values_at_the_edge_are_accepted(section, values):
+    built = section(**values)
+    for name, value in values.items():
+        assert getattr(built, name) == value
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a\n", "\u00e9", "a\\b"])
+def test_run_names_stay_inside_their_folder(name):
+    with pytest.raises(ValueError, match="^name: got .*expected letters"):
+        config(name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "run-1.2_b", "...", "2026"])
+def test_run_names_accepted(name):
+    assert config(name=name).name == name
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_seeds_fit_into_64_bits(seed):
+    with pytest.raises(ValueError, match=f"^seed: got {seed}, expected"):
+        config(seed=seed)
+
+
+def test_guidance_needs_a_null_label():
+    with pytest.raises(ValueError, match=r"^objective.label_dropout: got 0.0, expected above 0.*cfg_scale is 2.0"):
+        ObjectiveConfig(cfg_scale=2.0)
+    with pytest.raises(ValueError, match=r"^network.num_classes: got 0, expected at least 1 class"):
+        config(
+            network=NetworkConfig(**{**NETWORK, "num_classes": 0}),
+            objective=ObjectiveConfig(cfg_scale=2.0, label_dropout=0.1),
+        )
+
+
+def test_root_belongs_to_latents_only():
+    with pytest.raises(ValueError, match=r"^data.root: got None, expected a folder"):
+        DataConfig(source="latents")
+    with pytest.raises(ValueError, match=r"^data.root: got 'x', expected nothing"):
+        DataConfig(source="digits", root="x")
