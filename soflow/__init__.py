@@ -5,6 +5,8 @@ from soflow.objective import Batch, Objective, ObjectiveOutput
 from soflow.sampling import sample, sample_noise
 from soflow.times import gap_ratio, middle_time
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Batch",
     "Objective",

@@ -58,7 +58,7 @@ def resolve_device(name: str) -> torch.device:
 
 @contextmanager
 def join_processes(device_name: str) -> Iterator[Processes]:
-    """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo), and leave it after."""
+    """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo); leave it after."""
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from soflow.kernels import reference
+from soflow.models.network import Network
 from soflow.paths import Parameterization, Path, solution_coefficients, velocity_factor
 
 
@@ -13,7 +14,7 @@ class SolutionFlow(nn.Module):
     Source: arXiv 2512.15657, parameterization.
     """
 
-    def __init__(self, network: nn.Module, path: Path = "linear", parameterization: Parameterization = "euler") -> None:
+    def __init__(self, network: Network, path: Path = "linear", parameterization: Parameterization = "euler") -> None:
         super().__init__()
         if path not in ("linear", "trig"):
             raise ValueError(f"path: got {path!r}, expected 'linear' or 'trig'")

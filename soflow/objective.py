@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """Back-propagate `loss` = (velocity_loss num_velocity + consistency_loss num_consistency) / B; the rest is detached.
+    """Back-propagate `loss`, the sum of both losses weighted by their shares of the rows; the rest is detached.
 
     consistency_loss is a surrogate whose value is no distance: watch consistency_mse, the mean squared slope.
     """
@@ -103,13 +103,9 @@ class Objective:
             coefficients, _, _ = _residual_terms(flow, batch, mix)
             rows = slice(batch.num_velocity, None)
             terms = (x_t[rows], v[rows], F_t[rows], dF)
-            return sum(
-                c.view(-1, 1, 1, 1) * term for c, term in zip(coefficients[rows].unbind(1), terms, strict=True)
-            )  # type: ignore[return-value]
+            return sum(c.view(-1, 1, 1, 1) * term for c, term in zip(coefficients[rows].unbind(1), terms, strict=True))
 
-    def _look_ahead(
-        self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v_t: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_ahead(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The velocity of every row, the step dx of the consistency rows, and the mix m of every row."""
         t, nv = batch.t, batch.num_velocity
         dt = batch.l[nv:] - t[nv:]

@@ -1,11 +1,15 @@
 """Optimizer, gradient norm and the exponential moving average of the weights."""
 
+import copy
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from soflow.config import EmaConfig, OptimConfig
+
+AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
 
 def build_optimizer(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -26,36 +30,29 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-class Ema:
+class Ema(Generic[AnyNetwork]):
     """ema = decay^every ema + (1 - decay^every) w, updated at steps divisible by `every`.
 
-    The average is kept in float32; the update is computed in float32 or float64. It starts as a copy of the weights.
-    The step is the 0-based one, tested before it counts as done, so that step 0 updates.
+    `network` holds the average, in float32, and starts as a copy of the weights; the update is computed in float32 or
+    float64. The step is the 0-based one, tested before it counts as done, so that step 0 updates.
     """
 
-    def __init__(self, config: EmaConfig, network: nn.Module) -> None:
-        self.every = config.every
-        self.decay = config.decay**config.every
-        self.dtype = getattr(torch, config.dtype)
-        self.weights = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    def __init__(self, config: EmaConfig, network: AnyNetwork) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self._every = config.every
+        self._decay = config.decay**config.every
+        self._dtype = getattr(torch, config.dtype)
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        self._averages, self._weights = zip(*((a, w) for a, w in pairs if w.requires_grad), strict=True)
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Move the average towards the weights of `network` if `step` is one of its steps."""
-        if step % self.every:
+    def update(self, step: int) -> None:
+        """Move the average towards the weights, if `step` is one of its steps."""
+        if step % self._every:
             return
-        averages, weights = list(self.weights.values()), list(network.state_dict().values())
-        if self.dtype == torch.float32:
-            torch._foreach_mul_(averages, self.decay)
-            torch._foreach_add_(averages, weights, alpha=1.0 - self.decay)
-            return
-        wide = [average.to(self.dtype) for average in averages]
-        torch._foreach_mul_(wide, self.decay)
-        torch._foreach_add_(wide, [weight.to(self.dtype) for weight in weights], alpha=1.0 - self.decay)
-        torch._foreach_copy_(averages, wide)
-
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Replace the average by `weights`, which must have the same names and shapes."""
-        for name, average in self.weights.items():
-            average.copy_(weights[name])
+        averages = [average.to(self._dtype) for average in self._averages]  # the averages themselves, if of that dtype
+        weights = [weight.to(self._dtype) for weight in self._weights]
+        torch._foreach_mul_(averages, self._decay)
+        torch._foreach_add_(averages, weights, alpha=1.0 - self._decay)
+        if averages[0] is not self._averages[0]:
+            torch._foreach_copy_(self._averages, averages)

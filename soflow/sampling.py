@@ -36,7 +36,7 @@ def sample(
     renoise: Sequence[Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return images x_0 = f(noise, 1, 0), (N, C, H, W), refined by nfe - 1 rounds of noising to 1 - i / nfe and solving.
+    """Return images x_0 = f(noise, 1, 0), (N, C, H, W), noised to 1 - i / nfe and solved again nfe - 1 times.
 
     labels: (N,) int64, or None for the null label.  noise: (N, C, H, W) standard normal, and renoise: nfe - 1 of them;
     what is None is drawn from `generator`.  Every round starts from fresh noise, never from f(x, 1, 0.5).

@@ -56,3 +56,8 @@ def summary(tensor: Tensor) -> Tensor:
     """Return the L2 norm and the dot product with cos(0), cos(1), ..., as two float64 numbers."""
     flat = tensor.detach().double().flatten()
     return torch.stack((flat.norm(), flat @ torch.arange(len(flat), dtype=torch.float64).cos()))
+
+
+def official_models() -> dict[str, Any]:
+    """Return parameter counts, state-dict names and shapes of the official sizes (one block of each DiT)."""
+    return json.loads((FOLDER / "official_models.json").read_text(encoding="utf-8"))

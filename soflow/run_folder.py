@@ -1,0 +1,127 @@
+"""The folder of a run: what lies where, who may continue it, and how its network is loaded."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from soflow import checkpoint, kernels
+from soflow.checkpoint import Checkpoint, CheckpointError, replacing
+from soflow.config import Config, FlowConfig, NetworkConfig, TrainConfig
+from soflow.config_file import compare_configs, dump_config, load_config, parse_config
+from soflow.flow import SolutionFlow
+from soflow.kernels import reference
+from soflow.models import build_network
+
+# Settings that change what a run writes but not what it computes: they may differ when it is continued.
+FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked; the message names the folder and what differs."""
+
+
+class RunFolder:
+    """Paths of one run: config.yaml, metrics.jsonl, tensorboard/, samples/ and checkpoints/ below `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+
+
+def open_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -> tuple[RunFolder, Path | None]:
+    """Make the run folder of `config`, or open it again; return it and the step folder to continue from, if any.
+
+    A folder is opened again only by the configuration it was made with, apart from settings that do not change what
+    is computed. resume None continues from the newest verified checkpoint; a path must name a sound one.
+    Raises RunError, CheckpointError, or OSError where the folder cannot be written; nothing is overwritten then.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"{folder.path}: got a file, expected a run folder or nothing; choose another name")
+    if folder.config.exists():
+        _require_same(config, load_config(folder.config), str(folder.path))
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        raise RunError(f"{folder.path}: got a folder without config.yaml that is not empty; choose another name")
+    start = checkpoint.newest(folder.checkpoints, warn) if resume is None else resume
+    folder.samples.mkdir(parents=True, exist_ok=True)
+    if not folder.config.exists():
+        with replacing(folder.config) as partial:
+            partial.write_text(dump_config(config), encoding="utf-8")
+    return folder, start
+
+
+def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object]) -> dict[str, object]:
+    """Return what a checkpoint says of its run: configuration, data set and the sums of the unfinished interval."""
+    return {"config": dump_config(config), "data": fingerprint, "interval": interval}
+
+
+def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, path: Path) -> None:
+    """Raise RunError unless the checkpoint `state`, read from `path`, is of this configuration and data set."""
+    _require_same(config, parse_config(state.meta["config"], f"{path}/meta.json"), str(path))
+    if state.meta["data"] != fingerprint:
+        raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
+
+
+def choose_ops(device: torch.device) -> ModuleType:
+    """Return the fused ops for a GPU, the reference for the CPU, whose every op they would only wrap."""
+    return kernels if device.type == "cuda" else reference
+
+
+def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> SolutionFlow:
+    """Build the network, which computes with `ops`, and the flow around it."""
+    shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization)
+
+
+def load_flow(
+    path: Path, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
+) -> tuple[SolutionFlow, int]:
+    """Load a trained flow, in eval mode and without gradients, and the number of its training steps.
+
+    path: a run folder (its newest sound checkpoint), a step folder, or an official `.pt` file, whose path and
+    parameterization are taken as linear and euler, as the released models have them.
+    Raises CheckpointError naming the path where there is none or it cannot be trusted.
+    """
+    ops = choose_ops(torch.device(device))
+    if path.suffix == ".pt":
+        official = checkpoint.load_official(path)
+        state, step = official.ema if weights == "ema" else official.model, official.step
+        shape = checkpoint.infer_dit_shape(state)
+        flow = build_flow(NetworkConfig(name="DiT", **shape), FlowConfig(), ops)
+    else:
+        step_folder = _newest_step(path) if RunFolder(path).config.exists() else path
+        saved = checkpoint.load(step_folder)
+        state, step = saved.ema if weights == "ema" else saved.model, saved.step
+        config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
+        flow = build_flow(config.network, config.flow, ops)
+    flow.network.load_state_dict(state)
+    return flow.to(device).requires_grad_(False).eval(), step
+
+
+def _newest_step(path: Path) -> Path:
+    found = checkpoint.newest(RunFolder(path).checkpoints)
+    if found is None:
+        raise CheckpointError(f"{path}: got a run folder without a sound checkpoint, expected at least one")
+    return found
+
+
+def _require_same(config: Config, stored: Config, where: str) -> None:
+    train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
+    comparable = dataclasses.replace(
+        stored,
+        name=config.name,
+        output_dir=config.output_dir,
+        engine=dataclasses.replace(stored.engine, device=config.engine.device, threads=config.engine.threads),
+        train=TrainConfig(**{**dataclasses.asdict(stored.train), **train}),
+    )
+    differences = compare_configs(comparable, config)
+    if differences:
+        raise RunError(
+            f"{where} belongs to another configuration (there, here): {'; '.join(differences)}; choose another name"
+        )

@@ -1,0 +1,389 @@
+"""The training loop: draw, guide, look ahead, joint call, loss, update; and the life of a run around it."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from soflow import checkpoint
+from soflow.config import Config, EngineConfig
+from soflow.data import Source, batch_indices, open_source
+from soflow.distributed import Processes
+from soflow.draw import sample_batch, share_batch
+from soflow.flow import SolutionFlow
+from soflow.images import grid, save_png, to_uint8
+from soflow.log import NullLog, RunLog
+from soflow.objective import Batch, Objective, ObjectiveOutput
+from soflow.optim import Ema, build_optimizer, gradient_norm
+from soflow.run_folder import (
+    RunError,
+    RunFolder,
+    build_flow,
+    checkpoint_meta,
+    choose_ops,
+    open_run,
+    require_own_checkpoint,
+)
+from soflow.sampling import sample, sample_noise
+from soflow.times import gap_ratio
+
+# What is summed over an interval, in the order of the device tensor that holds the sums.
+SUMMED = (
+    "loss/total",
+    "loss/velocity",
+    "loss/velocity_mse",
+    "loss/velocity_weight",
+    "loss/consistency",
+    "loss/consistency_mse",
+    "loss/consistency_weight",
+    "grad_norm",
+)
+GRID_COLUMNS = 10
+
+
+class DivergedError(RuntimeError):
+    """The loss or the gradient is no longer finite; the last checkpoint was written before that."""
+
+
+class Trainer:
+    """Trains one run from its configuration to its last step, and continues it from its last checkpoint.
+
+    resume: a step folder to continue from; None takes the newest sound one of the run, if there is any.
+    Raises RunError, CheckpointError, DataError or OSError before anything is overwritten.
+    """
+
+    def __init__(self, config: Config, processes: Processes, resume: Path | None = None) -> None:
+        self.config = config
+        self.processes = processes
+        self.source = open_source(config.data)
+        require_matching_data(config, self.source)
+        configure_torch(config.engine)
+
+        self.ops = choose_ops(processes.device)
+        self.flow = initial_flow(config, self.ops).to(processes.device)
+        network = self.flow.network
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(config.optim, network.parameters())
+        self.ema = Ema(config.ema, network)
+        self.objective = build_objective(config, self.ops)
+        self.share = share_batch(
+            config.train.batch_size, config.objective.fm_ratio, processes.rank, processes.world_size
+        )
+        self.positions = torch.tensor(self.share.positions, device=processes.device)
+        self.step_module: nn.Module = _Step(self.flow, self.objective)
+        if processes.world_size > 1:
+            self.step_module = DistributedDataParallel(self.step_module, gradient_as_bucket_view=True)
+
+        self.finished = 0
+        self.interval_steps = 0
+        self.interval_sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=processes.device)
+        self.interval_weights = self._interval_weights()
+        self.loss_scale = len(self.share) / config.train.batch_size * processes.world_size
+        self.folder, start = self._open(resume)
+        if start is not None:
+            self._restore(start)
+        self._stop_requested = False
+
+    def fit(self, until: int | None = None) -> bool:
+        """Train to the last step, or to step `until`; return whether the run is complete.
+
+        SIGINT and SIGTERM finish the step at hand (of several processes: the interval), save and return False.
+        """
+        train = self.config.train
+        last = train.total_steps if until is None else min(until, train.total_steps)
+        log = RunLog(self.folder.path, train.total_steps, self.finished) if self.processes.is_first else NullLog()
+        timer = _Timer(self.processes.device)
+        try:
+            with self._graceful_stop():
+                while self.finished < last and not self._should_stop():
+                    self._train_step()
+                    timer.count()
+                    log.advance(self.finished)
+                    done = self.finished == train.total_steps
+                    if self.finished % train.log_every == 0 or done:
+                        log.interval(self.finished, self._interval_means() | timer.rates(train.batch_size))
+                        timer.restart()
+                    if train.sample_every and (self.finished % train.sample_every == 0 or done):
+                        with timer.paused():
+                            self._draw_samples(log)
+                    if self.finished % train.checkpoint_every == 0 or done:
+                        with timer.paused():
+                            self._save(log)
+                if self.finished < train.total_steps and self.finished % train.checkpoint_every:
+                    self._save(log)
+        finally:
+            log.close()
+        return self.finished == train.total_steps
+
+    def draw_batch(self, step: int) -> Batch:
+        """Return this process's rows of the global batch of the 0-based `step`."""
+        config, device = self.config, self.processes.device
+        indices = batch_indices(len(self.source), config.train.batch_size, config.seed, step)
+        mean, std, labels = self.source.read(indices[list(self.share.positions)])
+        return sample_batch(
+            mean.to(device),
+            None if std is None else std.to(device),
+            labels.to(device) if config.network.num_classes else None,
+            self.positions,
+            self.share.num_velocity,
+            seed=config.seed,
+            step=step,
+            r=self._gap_ratio(step),
+            times=config.times,
+            objective=config.objective,
+            ops=self.ops,
+        )
+
+    def _train_step(self) -> None:
+        batch = self.draw_batch(self.finished)
+        self.optimizer.zero_grad(set_to_none=True)
+        out: ObjectiveOutput = self.step_module(batch)
+        # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
+        (out.loss * self.loss_scale).backward()
+        norm = gradient_norm(self.parameters)
+        if self.config.optim.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
+        self.optimizer.step()
+        self.ema.update(self.finished)
+        self._accumulate(out, norm)
+        self.finished += 1
+
+    # --------------------------------------------------------------------------------------------
+    # What happens between steps.
+
+    def _accumulate(self, out: ObjectiveOutput, norm: Tensor) -> None:
+        values = (
+            out.loss.detach(),
+            out.velocity_loss,
+            out.velocity_mse,
+            out.velocity_weight,
+            out.consistency_loss,
+            out.consistency_mse,
+            out.consistency_weight,
+            norm,
+        )
+        self.interval_sums += torch.stack(values).double() * self.interval_weights
+        self.interval_steps += 1
+
+    def _interval_weights(self) -> Tensor:
+        """This process's share of each summed mean: of all rows, the velocity rows, the consistency rows, the norm."""
+        batch_size, share = self.config.train.batch_size, self.share
+        num_velocity = int(self.config.objective.fm_ratio * batch_size)
+        rows = len(share) / batch_size
+        velocity = share.num_velocity / max(num_velocity, 1)
+        consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, 1.0 / self.processes.world_size)
+        return torch.tensor(weights, dtype=torch.float64, device=self.processes.device)
+
+    def _interval_means(self) -> dict[str, float]:
+        sums = self.processes.sum(self.interval_sums).tolist()
+        means = {name: total / self.interval_steps for name, total in zip(SUMMED, sums, strict=True)}
+        bad = [name for name, mean in means.items() if not math.isfinite(mean)]
+        if bad:
+            raise DivergedError(
+                f"step {self.finished}: {', '.join(bad)} not finite within the last {self.interval_steps} steps; "
+                "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
+            )
+        self.interval_sums.zero_()
+        self.interval_steps = 0
+        return means | {"gap_ratio": self._gap_ratio(self.finished - 1)}
+
+    def _gap_ratio(self, step: int) -> float:
+        times = self.config.times
+        return gap_ratio(step, self.config.train.total_steps, times.gap_init, times.gap_end, times.gap_method)
+
+    def _draw_samples(self, log: NullLog) -> None:
+        (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes
+        if not self.processes.is_first or channels not in (1, 3):
+            return
+        num = GRID_COLUMNS * (min(num_classes, GRID_COLUMNS) or GRID_COLUMNS)
+        seeds = torch.arange(num, device=self.processes.device)
+        labels = None
+        if self.config.network.num_classes:
+            labels = seeds // GRID_COLUMNS * max(num_classes // GRID_COLUMNS, 1)
+        nfe = self.config.train.sample_nfe
+        noise, renoise = sample_noise(seeds, (channels, height, width), nfe)
+        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization)
+        image = grid(to_uint8(sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)), GRID_COLUMNS)
+        save_png(self.folder.samples / f"step-{self.finished:08d}.png", image)
+        log.image(self.finished, "samples", image)
+
+    # --------------------------------------------------------------------------------------------
+    # Files.
+
+    def _open(self, resume: Path | None) -> tuple[RunFolder, Path | None]:
+        """The first process opens the run folder; an error of its is everybody's."""
+        outcome: tuple[RunFolder, Path | None] | Exception | None = None
+        if self.processes.is_first:
+            try:
+                outcome = open_run(self.config, resume, print)
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcome = self.processes.agree(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        assert outcome is not None
+        return outcome
+
+    def _restore(self, path: Path) -> None:
+        state = checkpoint.load(path)
+        require_own_checkpoint(self.config, self.source.fingerprint, state, path)
+        self.flow.network.load_state_dict(state.model)
+        self.ema.network.load_state_dict(state.ema)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.finished = state.step
+        interval = state.meta["interval"]
+        self.interval_steps = interval["steps"]
+        # The sums are those of all processes: the first one carries them on.
+        if self.processes.is_first:
+            self.interval_sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
+
+    def _save(self, log: NullLog) -> None:
+        sums = self.processes.sum(self.interval_sums)
+        if not torch.isfinite(sums).all():
+            raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")
+        if self.processes.is_first:
+            path = checkpoint.save(
+                self.folder.checkpoints,
+                self.finished,
+                model=self.flow.network.state_dict(),
+                ema=self.ema.network.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                meta=checkpoint_meta(
+                    self.config,
+                    self.source.fingerprint,
+                    {"steps": self.interval_steps, "sums": sums.tolist()},
+                ),
+                keep_last=self.config.train.keep_last,
+            )
+            log.info(f"saved {path}")
+        self.processes.wait()
+
+    # --------------------------------------------------------------------------------------------
+    # Stopping early.
+
+    @contextmanager
+    def _graceful_stop(self) -> Iterator[None]:
+        def request(signum: int, frame: FrameType | None) -> None:
+            self._stop_requested = True
+            # A second signal of the same kind ends the process at once.
+            signal.signal(signum, previous[signum])
+
+        previous = {int(signum): signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    def _should_stop(self) -> bool:
+        if self.processes.world_size == 1:
+            return self._stop_requested
+        if self.finished % self.config.train.log_every:
+            return False
+        flag = torch.tensor(float(self._stop_requested), device=self.processes.device)
+        return self.processes.sum(flag).item() > 0
+
+
+class _Step(nn.Module):
+    """Objective and flow as one module, because DDP hooks on forward."""
+
+    def __init__(self, flow: SolutionFlow, objective: Objective) -> None:
+        super().__init__()
+        self.flow = flow
+        self.objective = objective
+
+    def forward(self, batch: Batch) -> ObjectiveOutput:
+        return self.objective(self.flow, batch)
+
+
+class _Timer:
+    """Seconds per step of the current interval, without what is not training."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        self.steps = 0
+        self.seconds = 0.0
+        self.start = self._now()
+
+    def count(self) -> None:
+        self.steps += 1
+
+    def rates(self, batch_size: int) -> dict[str, float]:
+        seconds = (self.seconds + self._now() - self.start) / self.steps
+        rates = {"time/step_s": seconds, "throughput/images_per_s": batch_size / seconds}
+        if self.device.type == "cuda":
+            rates["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return rates
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.seconds += self._now() - self.start
+        yield
+        self.start = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
+    """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return build_flow(config.network, config.flow, ops)
+
+
+def build_objective(config: Config, ops: ModuleType) -> Objective:
+    """Return the objective of a configuration."""
+    objective = config.objective
+    return Objective(
+        cfg_scale=objective.cfg_scale,
+        cfg_decay_time=objective.cfg_decay_time,
+        mix_ratio=objective.mix_ratio,
+        loss_p=objective.loss_p,
+        loss_eps=objective.loss_eps,
+        lookahead=objective.lookahead,
+        ops=ops,
+    )
+
+
+def configure_torch(engine: EngineConfig) -> None:
+    """Set the number of CPU threads, and whether products and convolutions on a GPU use TF32: process-wide."""
+    torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+
+
+def require_matching_data(config: Config, source: Source) -> None:
+    """Raise RunError unless the network fits the images and labels of the data set, and the batch its size."""
+    network = config.network
+    channels, height, width = source.image_shape
+    for field, got, expected in (
+        ("network.in_channels", network.in_channels, channels),
+        ("network.input_size", network.input_size, height),
+        ("network.input_size", network.input_size, width),
+    ):
+        if got != expected:
+            raise RunError(f"{field}: got {got}, expected {expected}, which the data set {config.data.source} has")
+    if network.num_classes not in (0, source.num_classes):
+        raise RunError(
+            f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
+            f"{config.data.source} has, or 0 for unconditional"
+        )
+    if config.train.batch_size > len(source):
+        raise RunError(
+            f"train.batch_size: got {config.train.batch_size}, expected at most {len(source)}, the size of the data set"
+        )

@@ -1,0 +1,155 @@
+"""The objective against formulas retyped from the paper, in float64, with torch.autograd for the gradients."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from soflow import Batch, Objective, SolutionFlow, middle_time
+from soflow.guidance import cfg_decay
+from soflow.models import DiT
+
+NULL = 5
+
+
+def make_flow(path: str = "linear", parameterization: str = "euler") -> SolutionFlow:
+    torch.manual_seed(0)
+    network = DiT(4, 2, 2, 16, 2, 2, NULL).double()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return SolutionFlow(network, path, parameterization)
+
+
+def make_batch(num: int = 6, num_velocity: int = 2, r: float = 0.1) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    x_0, x_1 = torch.randn(2, num, 2, 4, 4, generator=generator, dtype=torch.float64)
+    t, s = torch.rand(2, num, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    labels = torch.arange(num) % NULL
+    null_mask = torch.arange(num) % 3 == 1
+    return Batch(x_0, x_1, t, middle_time(t, s, r), s, labels, null_mask, num_velocity)
+
+
+def angle(u: Tensor) -> Tensor:
+    return math.pi / 2 * u
+
+
+def coefficients(parameterization: str, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    if parameterization == "euler":
+        return torch.ones_like(t), s - t
+    return torch.cos(angle(s - t)), torch.sin(angle(s - t))
+
+
+def expected_losses(flow: SolutionFlow, batch: Batch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Row by row: sum of the losses to back-propagate, mean squared velocity error, mean squared slope."""
+    velocity_rows, slope_rows, total = [], [], torch.zeros((), dtype=torch.float64)
+    factor = 1.0 if flow.parameterization == "euler" else math.pi / 2
+    for b in range(len(batch)):
+        x_0, x_1, t, l, s = (v[b : b + 1] for v in (batch.x_0, batch.x_1, batch.t, batch.l, batch.s))
+        if flow.path == "linear":
+            x_t, v_t = (1 - t) * x_0 + t * x_1, x_1 - x_0
+        else:
+            x_t = torch.cos(angle(t)) * x_0 + torch.sin(angle(t)) * x_1
+            v_t = math.pi / 2 * (torch.cos(angle(t)) * x_1 - torch.sin(angle(t)) * x_0)
+        is_velocity, is_null = b < batch.num_velocity, bool(batch.null_mask[b])
+        label = None if batch.labels is None else batch.labels[b : b + 1]
+        trained_label = label if label is None or not is_null else torch.tensor([NULL])
+        target = v_t
+        if label is not None and objective.cfg_scale > 1 and not is_null:
+            with torch.no_grad():
+                uncond = factor * flow.network(x_t, t, t, torch.tensor([NULL]))
+                cond = factor * flow.network(x_t, t, t, label)
+            g = cfg_decay(t, objective.cfg_decay_time) * (objective.cfg_scale - 1)
+            target = objective.mix_ratio * (v_t + g * (v_t - uncond)) + (1 - objective.mix_ratio) * cond
+        if is_velocity:
+            error = factor * flow.network(x_t, t, t, trained_label) - target
+            mse = error.square().mean()
+            weight = 1 / (factor * (mse.detach() + objective.loss_eps) ** objective.loss_p)
+            total = total + weight * mse
+            velocity_rows.append(mse)
+        else:
+            F_t = flow.network(x_t, t, s, trained_label)
+            a_ts, b_ts = coefficients(flow.parameterization, t, s)
+            a_ls, b_ls = coefficients(flow.parameterization, l, s)
+            x_l = x_t + target * (l - t)
+            with torch.no_grad():
+                f_l = a_ls * x_l + b_ls * flow.network(x_l, l, s, trained_label)
+                q = (a_ts * x_t + b_ts * F_t - f_l) / (t - l)
+                weight = (q.square().mean() + objective.loss_eps) ** -objective.loss_p
+            total = total + torch.sign(b_ts) * (F_t * q * weight).mean()
+            slope_rows.append(q.square().mean())
+    return total.squeeze() / len(batch), torch.stack(velocity_rows).mean(), torch.stack(slope_rows).mean()
+
+
+@pytest.mark.parametrize("lookahead", ["difference", "two_pass"])
+@pytest.mark.parametrize(("path", "parameterization"), [("linear", "euler"), ("trig", "trig"), ("linear", "trig")])
+@pytest.mark.parametrize(("cfg_scale", "mix_ratio"), [(1.0, 1.0), (3.0, 1.0), (3.0, 0.25)])
+def test_losses_and_gradients(path, parameterization, cfg_scale, mix_ratio, lookahead):
+    flow, batch = make_flow(path, parameterization), make_batch()
+    if cfg_scale == 1.0:
+        # no guidance, but rows of the null mask still train the null label
+        assert batch.null_mask.any()
+    objective = Objective(cfg_scale, 0.6, mix_ratio, loss_p=0.75, loss_eps=0.02, lookahead=lookahead)
+    out = objective(flow, batch)
+    total, velocity_mse, consistency_mse = expected_losses(flow, batch, objective)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    ours, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (out.loss, total))
+    torch.testing.assert_close(out.loss, total, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(out.velocity_mse, velocity_mse.detach(), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(out.consistency_mse, consistency_mse, rtol=1e-8, atol=1e-10)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_loss_is_the_weighted_sum_of_its_parts():
+    out = Objective(3.0, 0.8, 0.25)(make_flow(), make_batch(6, 2))
+    torch.testing.assert_close(out.loss.detach(), (2 * out.velocity_loss + 4 * out.consistency_loss) / 6)
+    assert not out.velocity_loss.requires_grad
+
+
+def test_unconditional_batch():
+    flow, objective = make_flow(), Objective(3.0)
+    unlabelled = replace(make_batch(), labels=None)
+    null = replace(unlabelled, labels=torch.full((6,), NULL))
+    torch.testing.assert_close(objective(flow, unlabelled).loss, Objective(1.0)(flow, null).loss)
+
+
+def test_slope_is_the_divided_difference():
+    flow, batch = make_flow(), make_batch(num_velocity=0)
+    q = Objective().slope(flow, batch)
+    with torch.no_grad():
+        labels = torch.where(batch.null_mask, NULL, batch.labels)
+        t, l = batch.t[:, None, None, None], batch.l[:, None, None, None]
+        x_t, v_t = (1 - t) * batch.x_0 + t * batch.x_1, batch.x_1 - batch.x_0
+        f_t = flow.solve(x_t, batch.t, batch.s, labels)
+        f_l = flow.solve(x_t + v_t * (l - t), batch.l, batch.s, labels)
+    torch.testing.assert_close(q, (f_t - f_l) / (t - l), rtol=1e-9, atol=1e-9)
+
+
+def test_consistency_gradient_is_half_that_of_the_weighted_square():
+    flow, batch = make_flow(), make_batch(num_velocity=0)
+    parameters = [p for p in flow.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(Objective()(flow, batch).loss, parameters)
+    labels = torch.where(batch.null_mask, NULL, batch.labels)
+    t, l = batch.t[:, None, None, None], batch.l[:, None, None, None]
+    x_t, v_t = (1 - t) * batch.x_0 + t * batch.x_1, batch.x_1 - batch.x_0
+    with torch.no_grad():
+        f_l = flow.solve(x_t + v_t * (l - t), batch.l, batch.s, labels)
+    q = (flow.solve(x_t, batch.t, batch.s, labels) - f_l) / (t - l)
+    square = q.square().flatten(1).mean(1)
+    # d q / d F = b / (t - l); the weight divides by its size, and by (mean q^2 + eps)^p
+    weight = (t - l).flatten() / (batch.t - batch.s) / (square.detach() + 0.01)
+    half = torch.autograd.grad(0.5 * (weight * square).mean(), parameters)
+    for a, b in zip(ours, half, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"cfg_scale": 0.5}, "cfg_scale: got 0.5"), ({"lookahead": "jvp"}, "lookahead: got 'jvp'")],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**arguments)

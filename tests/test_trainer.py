@@ -1,0 +1,212 @@
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from soflow import checkpoint
+from soflow.config import Config
+from soflow.distributed import Processes
+from soflow.run_folder import RunError
+from soflow.trainer import DivergedError, Trainer
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+# timings differ between runs, everything else may not
+TIMINGS = ("time/step_s", "throughput/images_per_s")
+
+
+def train(config: Config, until: int | None = None) -> Trainer:
+    trainer = Trainer(config, ALONE)
+    trainer.fit(until)
+    return trainer
+
+
+def metrics(trainer: Trainer) -> list[dict]:
+    lines = (trainer.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same_state(a: Trainer, b: Trainer) -> None:
+    for x, y in ((a.flow.network, b.flow.network), (a.ema.network, b.ema.network)):
+        for name, tensor in x.state_dict().items():
+            assert torch.equal(tensor, y.state_dict()[name]), name
+    state_a, state_b = a.optimizer.state_dict(), b.optimizer.state_dict()
+    assert state_a["param_groups"] == state_b["param_groups"]
+    assert state_a["state"].keys() == state_b["state"].keys()
+    for index, entries in state_a["state"].items():
+        for key, value in entries.items():
+            assert torch.equal(value, state_b["state"][index][key]), (index, key)
+    assert metrics(a) == metrics(b)
+
+
+def test_loss_falls(tmp_path):
+    overrides = ("train.total_steps=120", "train.log_every=40", "train.batch_size=32", "optim.lr=3e-3")
+    lines = metrics(train(tiny.config(tmp_path, *overrides)))
+    assert [line["step"] for line in lines] == [40, 80, 120]
+    assert lines[-1]["loss/velocity_mse"] < 0.8 * lines[0]["loss/velocity_mse"]
+
+
+@pytest.mark.parametrize("settings", [(), ("optim.name=radam", "ema.every=3", "ema.dtype=float64")])
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop, settings):
+    whole = train(tiny.config(tmp_path / "whole", *settings))
+    config = tiny.config(tmp_path / "parts", *settings)
+    train(config, until=stop)
+    resumed = Trainer(config, ALONE)
+    assert resumed.finished == stop
+    assert resumed.fit()
+    assert_same_state(resumed, whole)
+
+
+def test_resume_repeats_what_was_not_saved(tmp_path):
+    """Killed after step 7 with a checkpoint at 4: steps 5 to 7 run again, and no line of the metrics is doubled."""
+    config = tiny.config(tmp_path / "parts", "train.checkpoint_every=4", "train.log_every=1")
+    interrupted = Trainer(config, ALONE)
+    interrupted.fit(until=7)
+    (newest,) = [f for f in interrupted.folder.checkpoints.glob("step-*") if f.name.endswith("7")]
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    resumed = Trainer(config, ALONE)
+    assert resumed.finished == 4
+    resumed.fit()
+    assert_same_state(resumed, train(tiny.config(tmp_path / "whole", "train.log_every=1")))
+
+
+def test_same_seed_repeats_and_another_differs(tmp_path):
+    a, b = train(tiny.config(tmp_path / "a")), train(tiny.config(tmp_path / "b"))
+    assert_same_state(a, b)
+    other = train(tiny.config(tmp_path / "c", "seed=4"))
+    assert metrics(other) != metrics(a)
+
+
+@pytest.mark.parametrize("fm_ratio", [0.0, 1.0])
+def test_either_loss_alone_trains(tmp_path, fm_ratio):
+    line = metrics(train(tiny.config(tmp_path, f"objective.fm_ratio={fm_ratio}")))[-1]
+    absent = "velocity" if fm_ratio == 0 else "consistency"
+    assert line[f"loss/{absent}_mse"] == 0
+
+
+def test_unconditional_training(tmp_path):
+    overrides = ("network.num_classes=0", "objective.cfg_scale=1.0", "train.sample_every=4")
+    trainer = train(tiny.config(tmp_path, *overrides))
+    assert trainer.draw_batch(0).labels is None
+    assert len(list(trainer.folder.samples.glob("*.png"))) == 2
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+    config = tiny.config(tmp_path)
+    first = train(config)
+    files = {path: path.stat().st_mtime_ns for path in first.folder.checkpoints.rglob("*") if path.is_file()}
+    again = Trainer(config, ALONE)
+    assert again.fit()
+    assert_same_state(again, first)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_run_folder_of_another_model_is_refused(tmp_path):
+    train(tiny.config(tmp_path), until=2)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=r"network\.hidden_size.*16.*32"):
+        Trainer(tiny.config(tmp_path, "network.hidden_size=32"), ALONE)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_settings_that_compute_nothing_may_change(tmp_path):
+    train(tiny.config(tmp_path), until=2)
+    assert Trainer(tiny.config(tmp_path, "train.log_every=1", "train.keep_last=5"), ALONE).finished == 2
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "thesis.txt").write_text("precious")
+    with pytest.raises(RunError, match=r"without config\.yaml"):
+        Trainer(tiny.config(tmp_path), ALONE)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="got a file"):
+        Trainer(tiny.config(tmp_path, "name=file"), ALONE)
+
+
+def test_resume_from_a_named_checkpoint(tmp_path):
+    config = tiny.config(tmp_path, "train.checkpoint_every=2")
+    train(config, until=6)
+    start = tmp_path / "tiny" / "checkpoints" / "step-00000004"
+    assert Trainer(config, ALONE, resume=start).finished == 4
+    flipped = start / "model.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[-1] ^= 1
+    flipped.write_bytes(data)
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors"):
+        Trainer(config, ALONE, resume=start)
+
+
+def test_checkpoint_of_another_data_set_is_refused(tmp_path):
+    config = tiny.config(tmp_path)
+    train(config, until=2)
+    trainer = Trainer(config, ALONE)
+    trainer.source.fingerprint = "another"
+    with pytest.raises(RunError, match="another"):
+        trainer._restore(tmp_path / "tiny" / "checkpoints" / "step-00000002")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network.in_channels=3", r"network\.in_channels: got 3, expected 1"),
+        ("network.input_size=16", r"network\.input_size: got 16, expected 8"),
+        ("network.num_classes=7", r"network\.num_classes: got 7, expected 10"),
+        ("train.batch_size=5000", r"train\.batch_size: got 5000, expected at most"),
+    ],
+)
+def test_network_that_does_not_fit_the_data_is_refused(tmp_path, override, message):
+    with pytest.raises(RunError, match=message):
+        Trainer(tiny.config(tmp_path, override), ALONE)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
+    trainer = Trainer(tiny.config(tmp_path), ALONE)
+    with torch.no_grad():
+        trainer.flow.network.final_layer.linear.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match=r"step 3: .*loss/total"):
+        trainer.fit()
+    assert checkpoint.newest(trainer.folder.checkpoints) is None
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_stops(tmp_path, signum):
+    config = tiny.config(tmp_path / "parts", "train.total_steps=2000", "train.log_every=1000")
+    trainer = Trainer(config, ALONE)
+    handler = signal.getsignal(signum)
+    threading.Timer(0.5, os.kill, (os.getpid(), signum)).start()
+    assert not trainer.fit()
+    assert 0 < trainer.finished < 2000
+    assert signal.getsignal(signum) is handler
+    assert checkpoint.load(checkpoint.newest(trainer.folder.checkpoints)).step == trainer.finished
+
+
+def test_gradient_clipping_bounds_the_step(tmp_path):
+    trainer = Trainer(tiny.config(tmp_path, "optim.clip_norm=1e-3"), ALONE)
+    trainer._train_step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+    assert norm <= 1e-3 * (1 + 1e-5)
+
+
+def test_two_network_calls_per_step(tmp_path, monkeypatch):
+    trainer = Trainer(tiny.config(tmp_path), ALONE)
+    rows: list[int] = []
+    network = trainer.flow.network
+    run = network._run
+    monkeypatch.setattr(network, "_run", lambda x, *rest: rows.append(len(x.x)) or run(x, *rest))
+    trainer._train_step()
+    # guidance without gradient: 12 unconditional and 6 conditional rows; then the joint call
+    assert rows == [18, 12]
+
+
+def test_sample_grids_are_drawn_from_the_average(tmp_path):
+    trainer = train(tiny.config(tmp_path, "train.sample_every=4"))
+    assert sorted(f.name for f in Path(trainer.folder.samples).iterdir()) == ["step-00000004.png", "step-00000008.png"]

@@ -1,0 +1,24 @@
+"""A configuration that trains in a second: one block on the digits."""
+
+from pathlib import Path
+
+from soflow.config import Config
+from soflow.config_file import parse_config
+
+TEXT = """
+name: tiny
+seed: 3
+network: {name: DiT, input_size: 8, in_channels: 1, num_classes: 10, patch_size: 4, hidden_size: 16, depth: 1,
+  num_heads: 2}
+data: {source: digits}
+train: {total_steps: 8, batch_size: 12, log_every: 3, sample_every: 0, checkpoint_every: 100}
+objective: {fm_ratio: 0.5, cfg_scale: 2.0, cfg_decay_time: 0.8, mix_ratio: 0.25, label_dropout: 0.2}
+optim: {lr: 1e-3}
+ema: {decay: 0.9}
+engine: {device: cpu}
+"""
+
+
+def config(output_dir: Path, *overrides: str) -> Config:
+    """Return the tiny configuration below `output_dir`, with dotted overrides."""
+    return parse_config(TEXT, "tiny", [f"output_dir={output_dir}", *overrides])
