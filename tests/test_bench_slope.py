@@ -1,0 +1,34 @@
+import json
+import sys
+
+import torch
+
+from bench import slope
+
+
+def test_difference_keeps_its_precision_and_two_evaluations_do_not():
+    records = slope.measure(hidden_size=64, depth=2)
+    assert [record["r"] for record in records] == list(slope.GAPS)
+    for record in records:
+        assert record["difference fp32"] < 5e-6
+        assert record["difference tf32-like"] < 2e-3
+        assert record["difference bf16"] < 1e-2
+    by_gap = {record["r"]: record for record in records}
+    for way in ("two_pass fp32", "two_pass tf32-like", "two_pass bf16"):
+        assert by_gap[0.0003125][way] > 50 * by_gap[0.1][way]
+
+
+def test_tf32_keeps_ten_bits():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    rounded = slope.round_to_tf32(x)
+    error = ((rounded - x) / x).abs().max().item()
+    assert 2**-13 < error <= 2**-11
+    assert torch.equal(slope.round_to_tf32(rounded), rounded)
+
+
+def test_prints_a_table_and_json(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.slope", "--hidden-size", "64", "--depth", "1"])
+    slope.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(slope.GAPS) + 2
+    assert json.loads(lines[-1])["depth"] == 1
