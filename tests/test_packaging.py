@@ -1,0 +1,166 @@
+"""What an installation gets: the wheel by either route, the locks, the image."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import soflow
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+LOCKS = {"runtime": (), "gpu": ("gpu",), "dev": ("dev",)}  # the extras of each
+BUILD_SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Return what a command prints; it sees no PYTHONPATH but the one given."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def build_wheel(source: Path, folder: Path) -> Path:
+    """Build as `pip install` does, but with this environment's setuptools and without a network."""
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
+    run(*pip, "--wheel-dir", folder, source, cwd=folder, SOURCE_DATE_EPOCH="1700000000")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the package is built from: a build leaves files behind."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("soflow", "kernels"):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tree, tmp_path_factory.mktemp("wheel"))
+
+
+def test_kernels_are_a_relative_link():
+    assert os.readlink(ROOT / "soflow" / "kernels") == os.path.join("..", "kernels")
+
+
+def test_wheel_holds_every_module_once(wheel: Path):
+    expected = {f"soflow/{path.relative_to(ROOT / 'soflow')}" for path in (ROOT / "soflow").rglob("*.py")}
+    expected |= {f"soflow/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(name for name in names if name.endswith(".py")) == sorted(expected)
+    assert wheel.name == f"soflow-{soflow.__version__}-py3-none-any.whl"
+
+
+def test_sdist_gives_the_same_wheel_to_the_bit(tree: Path, wheel: Path, tmp_path: Path):
+    name = run(sys.executable, "-c", BUILD_SDIST, tmp_path, cwd=tree).splitlines()[-1]
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    assert build_wheel(tmp_path / name, folder).read_bytes() == wheel.read_bytes()
+
+
+def test_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path):
+    site = tmp_path / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps")
+    run(*pip, "--target", site, wheel, cwd=tmp_path)
+    code = "import soflow.cli, soflow.kernels.reference as r; print(soflow.__file__); print(r.__file__)"
+    files = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert files == [str(site / "soflow" / "__init__.py"), str(site / "soflow" / "kernels" / "reference.py")]
+    assert (site / "bin" / "soflow").is_file()
+
+
+def locked(lock: str) -> Iterator[tuple[Requirement, list[str]]]:
+    """Every requirement of a lock, with its options."""
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    for entry in "\n".join(lines).replace("\\\n", " ").splitlines():
+        requirement, *options = entry.split(" --")
+        yield Requirement(requirement.strip()), options
+
+
+def versions(lock: str, python: str) -> dict[str, str]:
+    """What a lock installs with `python` on 64-bit Linux."""
+    linux = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
+    environment = default_environment() | linux | {"python_version": python, "python_full_version": f"{python}.0"}
+    found: dict[str, str] = {}
+    for requirement, _ in locked(lock):
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            (specifier,) = requirement.specifier
+            assert specifier.operator == "=="
+            assert canonicalize_name(requirement.name) not in found
+            found[canonicalize_name(requirement.name)] = specifier.version
+    return found
+
+
+@pytest.mark.parametrize("lock", [*LOCKS, "triton"])
+def test_locks_hash_public_files_only(lock: str):
+    entries = list(locked(lock))
+    assert entries
+    for requirement, options in entries:
+        assert requirement.url is None
+        assert "+" not in str(requirement.specifier), "a local build"
+        assert options, f"{requirement} has no hash"
+        assert all(option.strip().startswith("hash=sha256:") for option in options)
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text(encoding="utf-8")
+    assert "://" not in text
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("lock", LOCKS)
+def test_locks_satisfy_the_metadata_and_leave_torch_alone(lock: str, python: str):
+    chosen = versions(lock, python)
+    wanted = [*PROJECT["dependencies"]]
+    for extra in LOCKS[lock]:
+        wanted += PROJECT["optional-dependencies"][extra]
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        applies = requirement.marker is None or requirement.marker.evaluate({"python_version": python})
+        if applies and name != "torch":
+            assert requirement.specifier.contains(chosen[name]), f"{lock}.lock is old: make lock"
+    assert not chosen.keys() & {"torch", "triton", "nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13"}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("lock", ["gpu", "dev"])
+def test_locks_agree(lock: str, python: str):
+    assert versions("runtime", python).items() <= versions(lock, python).items()
+
+
+def test_image_keeps_the_base_and_installs_by_hash():
+    parser = pytest.importorskip("dockerfile_parse").DockerfileParser(str(ROOT / "Dockerfile"))
+    structure = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+    stages = [value.split()[-1] for instruction, value in structure if instruction == "FROM"]
+    assert stages == ["base", "build", "test", "runtime"]
+    assert structure[0][0] == "ARG"
+    assert structure[0][1].startswith("BASE_IMAGE=")
+    assert [value for instruction, value in structure if instruction == "USER"] == ["10001", "10001"]
+    assert 'PIP_CONSTRAINT=""' in next(value for instruction, value in structure if instruction == "ENV")
+    commands = [part for instruction, value in structure if instruction == "RUN" for part in value.split("&&")]
+    installs = [command for command in commands if "pip install" in command]
+    assert len(installs) == 4
+    for command in installs:
+        assert "--require-hashes" in command or "--no-index" in command
+        assert "torch" not in command
+    # neither is understood by every builder
+    for _, value in structure:
+        assert "<<" not in value
+        assert "--link" not in value
