@@ -1,0 +1,257 @@
+"""What every kernel needs of the hardware: registers, shared memory, spills, compiled for sm_80, sm_90 and sm_100.
+
+    python -m bench.resources [--json FILE] [--only NAME]
+
+Needs Triton but no GPU: the launchers run on tensors without storage, at the shapes of the official models, and what
+they would launch is compiled instead. A row per kernel, shape and architecture; exits 1 when a kernel spills, or needs
+more shared or tensor memory than a program may have.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from soflow.kernels import activation, adaln, loss, point
+
+MODULES: tuple[ModuleType, ...] = (activation, adaln, loss, point)
+ARCHITECTURES = (80, 90, 100)
+# bytes a program may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; columns of tensor memory on sm_100
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY_LIMIT = 512
+BATCH_SIZE, NUM_CONSISTENCY = 256, 64
+# tokens and width of the official networks
+SHAPES = {
+    "DiT-B/4": (64, 768),
+    "DiT-B/2": (256, 768),
+    "DiT-L/2": (256, 1024),
+    "DiT-XL/2": (256, 1152),
+}
+LATENT = (4, 32, 32)
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked for: the kernel, the type of each argument, constants, and the options of the compiler."""
+
+    kernel: JITFunction
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports for one kernel, shape and architecture.  shared: bytes; spills: bytes of local memory."""
+
+    kernel: str
+    shape: str
+    arch: str
+    registers: int
+    shared: int
+    spills: int
+    tensor_memory: int
+
+
+class _Recorder:
+    """Stands in for a kernel: kernel[grid](...) is written down instead of run."""
+
+    def __init__(self, kernel: JITFunction, launches: list[Launch]) -> None:
+        self.kernel = kernel
+        self.launches = launches
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return self._record
+
+    def _record(self, *arguments: Any, **keywords: Any) -> None:
+        names = [parameter.name for parameter in self.kernel.params]
+        options = {name: keywords.pop(name) for name in ("num_warps", "num_stages") if name in keywords}
+        values = {**dict(zip(names, arguments, strict=False)), **keywords}
+        signature, constants, divisible = [], [], []
+        for index, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            kind = "constexpr" if parameter.is_constexpr or (type(value) is int and value == 1) else _kind(value)
+            signature.append((parameter.name, kind))
+            if kind == "constexpr":
+                constants.append((parameter.name, value))
+            elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                divisible.append(index)
+        self.launches.append(
+            Launch(self.kernel, tuple(signature), tuple(constants), tuple(divisible), tuple(options.items()))
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Yield a list to which every launch of our kernels is appended while the block runs, instead of running."""
+    launches: list[Launch] = []
+    kernels = [(m, name, k) for m in MODULES for name, k in vars(m).items() if isinstance(k, JITFunction)]
+    for module, name, kernel in kernels:
+        setattr(module, name, _Recorder(kernel, launches))
+    try:
+        yield launches
+    finally:
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
+
+
+def launch_network(T: int, D: int) -> None:
+    """Call every launcher that one block of a network of T tokens and width D needs, in bf16."""
+
+    def activations(B: int, width: int) -> Tensor:
+        return torch.empty(B, T, width, device="meta", dtype=torch.bfloat16)
+
+    def modulation(B: int) -> list[Tensor]:
+        return list(torch.empty(B, 6 * D, device="meta", dtype=torch.bfloat16).chunk(6, dim=1))
+
+    x, (a, b, c, *_) = activations(BATCH_SIZE, D), modulation(BATCH_SIZE)
+    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D), modulation(NUM_CONSISTENCY)
+    eps = 1e-6
+    h, mean, rstd = adaln._launch_modulated_norm_fwd(x, a, b, eps)
+    adaln._launch_modulated_norm_bwd(x, b, mean, rstd, h)
+    adaln._launch_modulated_norm_difference(d, d, da, db, dc, eps)
+    z, h, mean, rstd = adaln._launch_gate_residual_norm_fwd(x, x, a, b, c, eps)
+    adaln._launch_gate_residual_norm_bwd(x, a, z, b, mean, rstd, z, h)
+    adaln._launch_gate_residual_norm_difference(d, da, d, db, d, d, da, db, dc, eps)
+    wide, bias = activations(BATCH_SIZE, 4 * D), torch.empty(4 * D, device="meta")
+    activation._launch_gelu_fwd(wide, bias)
+    activation._launch_gelu_bwd(wide, bias, wide)
+    activation._launch_gelu_difference(activations(NUM_CONSISTENCY, 4 * D), activations(NUM_CONSISTENCY, 4 * D), bias)
+    activation._launch_silu_fwd(a.contiguous())
+    activation._launch_silu_bwd(a.contiguous(), a.contiguous())
+    activation._launch_silu_difference(da.contiguous(), da.contiguous())
+
+
+def launch_point() -> None:
+    """Call every launcher of the training point and the loss, at the shape of the latents, in fp32."""
+    x = torch.empty(BATCH_SIZE, *LATENT, device="meta")
+    d = torch.empty(NUM_CONSISTENCY, *LATENT, device="meta")
+    rows = torch.empty(BATCH_SIZE, device="meta")
+    keys = torch.empty(BATCH_SIZE, device="meta", dtype=torch.int64)
+    point._launch_uniform(keys, keys, 3, keys, 1)
+    point._launch_normal(keys, keys, 2, keys, 3)
+    point._launch_normal(keys, keys, 2, keys, x[0].numel())
+    point._launch_draw(x, x, keys, keys, keys)
+    point._launch_interpolate(x, x, rows, rows, rows, rows)
+    dt = torch.empty(NUM_CONSISTENCY, device="meta")
+    point._launch_look_ahead(x, x, d, rows, rows, dt)
+    point._launch_look_ahead(x, x, None, rows, rows, dt)
+    table = torch.empty(BATCH_SIZE, loss.NUM_COLUMNS, device="meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        loss._launch_solution_loss(x.to(dtype), d.to(dtype), x, x, table, 1.0, 0.01)
+
+
+def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int]:
+    """Return registers, bytes of shared memory, bytes of spills and tensor memory of a launch on sm_`arch`."""
+    names = [name for name, _ in launch.signature]
+    source = ASTSource(
+        launch.kernel,
+        dict(launch.signature),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        report = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout)}
+    spills = usage["STACK"] + usage["LOCAL"]
+    return usage["REG"], compiled.metadata.shared, spills, getattr(compiled.metadata, "tmem_size", None) or 0
+
+
+def _cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def measure(only: str = "") -> list[Resources]:
+    """Return a row for every kernel whose name contains `only`, distinct launch and architecture."""
+    runs: dict[str, Callable[[], None]] = {
+        name: lambda T=T, D=D: launch_network(T, D)  # type: ignore[misc]
+        for name, (T, D) in SHAPES.items()
+    }
+    runs["latents 4x32x32"] = launch_point
+    shapes: dict[Launch, list[str]] = {}
+    for shape, run in runs.items():
+        with recorded_launches() as launches:
+            run()
+        for launch in launches:
+            if only in launch.kernel.__name__ and shape not in shapes.setdefault(launch, []):
+                shapes[launch].append(shape)
+    return [
+        Resources(launch.kernel.__name__, ", ".join(names), f"sm_{arch}", *compile_launch(launch, arch))
+        for launch, names in shapes.items()
+        for arch in ARCHITECTURES
+    ]
+
+
+def failures(rows: list[Resources]) -> list[str]:
+    """Return a line for every row that spills or needs more than the architecture has."""
+    lines = []
+    for row in rows:
+        limit = SHARED_LIMIT[int(row.arch.removeprefix("sm_"))]
+        for name, value, allowed in (
+            ("spills", row.spills, 0),
+            ("shared", row.shared, limit),
+            ("tensor_memory", row.tensor_memory, TENSOR_MEMORY_LIMIT),
+        ):
+            if value > allowed:
+                lines.append(f"{row.kernel}, {row.shape}, {row.arch}: {name} {value}, expected at most {allowed}")
+    return lines
+
+
+def compiling_environment() -> dict[str, str]:
+    """Return the environment of a process that compiles kernels, where this one may interpret them."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def main() -> int:
+    """Print the table, write it as JSON where asked, and return 1 when a kernel needs more than it may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the versions there")
+    parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains NAME")
+    args = parser.parse_args()
+    rows = measure(args.only)
+    print(f"{'kernel':42}{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}  shape")
+    for row in rows:
+        print(f"{row.kernel:42}{row.arch:8}{row.registers:10}{row.shared:8}{row.spills:8}  {row.shape}")
+    if args.json is not None:
+        result = {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    bad = failures(rows)
+    print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

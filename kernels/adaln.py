@@ -1,0 +1,593 @@
+"""Adaptive layer norm: LayerNorm + modulate, and gate + residual + LayerNorm + modulate, with their differences.
+
+x, y, z: (B, T, D) fp32 | bf16 | fp16.  gate, shift, scale: (B, D), last dimension contiguous (chunks of one tensor).
+Math in fp32, stored as the dtype of x; gradients of the modulation in its own dtype.
+
+One row per program, padded to a power of two. Backward: a program walks the rows of a slab of tokens and keeps the sums
+for dshift, dscale and dgate in registers; one partial per slab, then one ordered sum: no atomics, the same bits again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from soflow.kernels import reference
+from soflow.kernels.library import register
+from soflow.kernels.tuning import norm_warps, num_slabs
+
+
+@triton.jit
+def _load_row(ptr, offs, mask):
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _modulated_norm_fwd_kernel(
+    x_ptr, shift_ptr, scale_ptr, h_ptr, mean_ptr, rstd_ptr, stride_shift, stride_scale, T, D, eps, BLOCK_D: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // T
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    x = _load_row(x_ptr, row * D + cols, mask)
+    mean = tl.sum(x, axis=0) / D
+    xc = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, axis=0) / D + eps)
+    scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
+    tl.store(h_ptr + row * D + cols, xc * rstd * (1.0 + scale) + shift, mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _gate_residual_norm_fwd_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    shift_ptr,
+    scale_ptr,
+    z_ptr,
+    h_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_gate,
+    stride_shift,
+    stride_scale,
+    T,
+    D,
+    eps,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // T
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
+    z = _load_row(x_ptr, row * D + cols, mask) + gate * _load_row(y_ptr, row * D + cols, mask)
+    # what backward will load: the norm of the stored value, not of the unrounded one
+    z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(z_ptr + row * D + cols, z, mask=mask)
+    mean = tl.sum(z, axis=0) / D
+    zc = tl.where(mask, z - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(zc * zc, axis=0) / D + eps)
+    scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
+    tl.store(h_ptr + row * D + cols, zc * rstd * (1.0 + scale) + shift, mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _modulated_norm_bwd_kernel(
+    x_ptr,
+    scale_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dh_ptr,
+    dx_ptr,
+    partial_ptr,
+    stride_scale,
+    T,
+    D,
+    SLAB,
+    BLOCK_D: tl.constexpr,
+):
+    slab = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    dshift = tl.zeros((BLOCK_D,), tl.float32)
+    dscale = tl.zeros((BLOCK_D,), tl.float32)
+    for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
+        row = sample * T + token
+        rstd = tl.load(rstd_ptr + row)
+        normed = tl.where(mask, (_load_row(x_ptr, row * D + cols, mask) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        dh = _load_row(dh_ptr, row * D + cols, mask)
+        dshift += dh
+        dscale += dh * normed
+        dnormed = dh * factor
+        mean_dnormed = tl.sum(dnormed, axis=0) / D
+        mean_product = tl.sum(dnormed * normed, axis=0) / D
+        tl.store(dx_ptr + row * D + cols, rstd * (dnormed - mean_dnormed - normed * mean_product), mask=mask)
+    base = partial_ptr + (sample * tl.num_programs(0) + slab) * 2 * D
+    tl.store(base + cols, dshift, mask=mask)
+    tl.store(base + D + cols, dscale, mask=mask)
+
+
+@triton.jit
+def _gate_residual_norm_bwd_kernel(
+    y_ptr,
+    gate_ptr,
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dz_ptr,
+    dh_ptr,
+    dx_ptr,
+    dy_ptr,
+    partial_ptr,
+    stride_gate,
+    stride_scale,
+    T,
+    D,
+    SLAB,
+    BLOCK_D: tl.constexpr,
+):
+    slab = tl.program_id(0)
+    sample = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
+    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    dgate = tl.zeros((BLOCK_D,), tl.float32)
+    dshift = tl.zeros((BLOCK_D,), tl.float32)
+    dscale = tl.zeros((BLOCK_D,), tl.float32)
+    for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
+        row = sample * T + token
+        rstd = tl.load(rstd_ptr + row)
+        normed = tl.where(mask, (_load_row(z_ptr, row * D + cols, mask) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        dh = _load_row(dh_ptr, row * D + cols, mask)
+        dshift += dh
+        dscale += dh * normed
+        dnormed = dh * factor
+        mean_dnormed = tl.sum(dnormed, axis=0) / D
+        mean_product = tl.sum(dnormed * normed, axis=0) / D
+        dx = _load_row(dz_ptr, row * D + cols, mask) + rstd * (dnormed - mean_dnormed - normed * mean_product)
+        dgate += dx * _load_row(y_ptr, row * D + cols, mask)
+        tl.store(dx_ptr + row * D + cols, dx, mask=mask)
+        tl.store(dy_ptr + row * D + cols, dx * gate, mask=mask)
+    base = partial_ptr + (sample * tl.num_programs(0) + slab) * 3 * D
+    tl.store(base + cols, dgate, mask=mask)
+    tl.store(base + D + cols, dshift, mask=mask)
+    tl.store(base + 2 * D + cols, dscale, mask=mask)
+
+
+@triton.jit
+def _norm_difference(x, dx, factor, dshift, dscale, mask, D, eps):
+    """The difference of LayerNorm + modulate of one row; factor = 1 + scale."""
+    xc = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
+    dc = tl.where(mask, dx - tl.sum(dx, axis=0) / D, 0.0)
+    var = tl.sum(xc * xc, axis=0) / D + eps
+    dvar = tl.sum(dc * (2.0 * xc + dc), axis=0) / D
+    std_0 = tl.sqrt(var)
+    std_1 = tl.sqrt(var + dvar)
+    dnormed = dc / std_1 - xc * (dvar / (std_0 * std_1 * (std_0 + std_1)))
+    return xc / std_0 * dscale + dnormed * (factor + dscale) + dshift
+
+
+@triton.jit
+def _modulated_norm_difference_kernel(
+    x_ptr,
+    dx_ptr,
+    scale_ptr,
+    dshift_ptr,
+    dscale_ptr,
+    dh_ptr,
+    stride_scale,
+    stride_dshift,
+    stride_dscale,
+    T,
+    D,
+    eps,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // T
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    dshift = _load_row(dshift_ptr, sample * stride_dshift + cols, mask)
+    dscale = _load_row(dscale_ptr, sample * stride_dscale + cols, mask)
+    x = _load_row(x_ptr, row * D + cols, mask)
+    dx = _load_row(dx_ptr, row * D + cols, mask)
+    tl.store(dh_ptr + row * D + cols, _norm_difference(x, dx, factor, dshift, dscale, mask, D, eps), mask=mask)
+
+
+@triton.jit
+def _gate_residual_norm_difference_kernel(
+    y_ptr,
+    gate_ptr,
+    z_ptr,
+    scale_ptr,
+    dx_ptr,
+    dy_ptr,
+    dgate_ptr,
+    dshift_ptr,
+    dscale_ptr,
+    dz_ptr,
+    dh_ptr,
+    stride_gate,
+    stride_scale,
+    stride_dgate,
+    stride_dshift,
+    stride_dscale,
+    T,
+    D,
+    eps,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    sample = row // T
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
+    dgate = _load_row(dgate_ptr, sample * stride_dgate + cols, mask)
+    y = _load_row(y_ptr, row * D + cols, mask)
+    dy = _load_row(dy_ptr, row * D + cols, mask)
+    dz = _load_row(dx_ptr, row * D + cols, mask) + y * dgate + dy * (gate + dgate)
+    dz = dz.to(dz_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(dz_ptr + row * D + cols, dz, mask=mask)
+    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    dshift = _load_row(dshift_ptr, sample * stride_dshift + cols, mask)
+    dscale = _load_row(dscale_ptr, sample * stride_dscale + cols, mask)
+    z = _load_row(z_ptr, row * D + cols, mask)
+    tl.store(dh_ptr + row * D + cols, _norm_difference(z, dz, factor, dshift, dscale, mask, D, eps), mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _dense_last(c: Tensor) -> Tensor:
+    return c if c.stride(-1) == 1 else c.contiguous()
+
+
+def _row_stats(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:2], device=x.device, dtype=torch.float32)
+
+
+def _launch_modulated_norm_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x, shift, scale = x.contiguous(), _dense_last(shift), _dense_last(scale)
+    B, T, D = x.shape
+    h, mean, rstd = torch.empty_like(x), _row_stats(x), _row_stats(x)
+    if B * T:
+        _modulated_norm_fwd_kernel[(B * T,)](
+            x,
+            shift,
+            scale,
+            h,
+            mean,
+            rstd,
+            shift.stride(0),
+            scale.stride(0),
+            T,
+            D,
+            eps,
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    return h, mean, rstd
+
+
+def _launch_gate_residual_norm_fwd(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = x.contiguous(), y.contiguous()
+    gate, shift, scale = _dense_last(gate), _dense_last(shift), _dense_last(scale)
+    B, T, D = x.shape
+    z, h, mean, rstd = torch.empty_like(x), torch.empty_like(x), _row_stats(x), _row_stats(x)
+    if B * T:
+        _gate_residual_norm_fwd_kernel[(B * T,)](
+            x,
+            y,
+            gate,
+            shift,
+            scale,
+            z,
+            h,
+            mean,
+            rstd,
+            gate.stride(0),
+            shift.stride(0),
+            scale.stride(0),
+            T,
+            D,
+            eps,
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    return z, h, mean, rstd
+
+
+def _launch_modulated_norm_bwd(
+    x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, scale, dh = x.contiguous(), _dense_last(scale), dh.contiguous()
+    B, T, D = x.shape
+    dx = torch.empty_like(x)
+    slabs = num_slabs(B, T)
+    partial = torch.empty((B, slabs, 2, D), device=x.device, dtype=torch.float32)
+    if B * T:
+        _modulated_norm_bwd_kernel[(slabs, B)](
+            x,
+            scale,
+            mean,
+            rstd,
+            dh,
+            dx,
+            partial,
+            scale.stride(0),
+            T,
+            D,
+            triton.cdiv(T, slabs),
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    dshift, dscale = partial.sum(1).to(scale.dtype).unbind(1)
+    return dx, dshift.clone(), dscale.clone()
+
+
+def _launch_gate_residual_norm_bwd(
+    y: Tensor, gate: Tensor, z: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dz: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y, z, dz, dh = y.contiguous(), z.contiguous(), dz.contiguous(), dh.contiguous()
+    gate, scale = _dense_last(gate), _dense_last(scale)
+    B, T, D = z.shape
+    dx, dy = torch.empty_like(z), torch.empty_like(y)
+    slabs = num_slabs(B, T)
+    partial = torch.empty((B, slabs, 3, D), device=z.device, dtype=torch.float32)
+    if B * T:
+        _gate_residual_norm_bwd_kernel[(slabs, B)](
+            y,
+            gate,
+            z,
+            scale,
+            mean,
+            rstd,
+            dz,
+            dh,
+            dx,
+            dy,
+            partial,
+            gate.stride(0),
+            scale.stride(0),
+            T,
+            D,
+            triton.cdiv(T, slabs),
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    dgate, dshift, dscale = partial.sum(1).to(scale.dtype).unbind(1)
+    return dx, dy, dgate.clone(), dshift.clone(), dscale.clone()
+
+
+def _launch_modulated_norm_difference(
+    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float
+) -> Tensor:
+    x, dx = x.contiguous(), dx.contiguous()
+    scale, dshift, dscale = _dense_last(scale), _dense_last(dshift), _dense_last(dscale)
+    B, T, D = x.shape
+    dh = torch.empty_like(x)
+    if B * T:
+        _modulated_norm_difference_kernel[(B * T,)](
+            x,
+            dx,
+            scale,
+            dshift,
+            dscale,
+            dh,
+            scale.stride(0),
+            dshift.stride(0),
+            dscale.stride(0),
+            T,
+            D,
+            eps,
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    return dh
+
+
+def _launch_gate_residual_norm_difference(
+    y: Tensor,
+    gate: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dgate: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    y, z, dx, dy = y.contiguous(), z.contiguous(), dx.contiguous(), dy.contiguous()
+    gate, scale, dgate, dshift, dscale = (_dense_last(c) for c in (gate, scale, dgate, dshift, dscale))
+    B, T, D = z.shape
+    dz, dh = torch.empty_like(z), torch.empty_like(z)
+    if B * T:
+        _gate_residual_norm_difference_kernel[(B * T,)](
+            y,
+            gate,
+            z,
+            scale,
+            dx,
+            dy,
+            dgate,
+            dshift,
+            dscale,
+            dz,
+            dh,
+            gate.stride(0),
+            scale.stride(0),
+            dgate.stride(0),
+            dshift.stride(0),
+            dscale.stride(0),
+            T,
+            D,
+            eps,
+            BLOCK_D=triton.next_power_of_2(D),
+            num_warps=norm_warps(D),
+        )
+    return dz, dh
+
+
+def _modulated_norm_cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.modulated_norm(x, shift, scale, eps), *_cpu_stats(x, eps)
+
+
+def _gate_residual_norm_cpu(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z, h = reference.gate_residual_norm(x, y, gate, shift, scale, eps)
+    return z, h, *_cpu_stats(z, eps)
+
+
+def _cpu_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.float(), dim=-1, correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def _normed(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    return (x.float() - mean[..., None]) * rstd[..., None]
+
+
+def _modulated_norm_bwd_cpu(
+    x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    normed, dnormed = _normed(x, mean, rstd), dh.float() * (1.0 + scale[:, None].float())
+    inner = dnormed.mean(-1, keepdim=True) + normed * (dnormed * normed).mean(-1, keepdim=True)
+    dx = rstd[..., None] * (dnormed - inner)
+    dshift, dscale = dh.float().sum(1), (dh.float() * normed).sum(1)
+    return dx.to(x.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
+
+
+def _gate_residual_norm_bwd_cpu(
+    y: Tensor, gate: Tensor, z: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dz: Tensor, dh: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dshift, dscale = _modulated_norm_bwd_cpu(z, scale, mean, rstd, dh)
+    dx = dz.float() + dx.float()
+    dgate, dy = (dx * y.float()).sum(1), dx * gate[:, None].float()
+    return dx.to(z.dtype), dy.to(y.dtype), dgate.to(gate.dtype), dshift, dscale
+
+
+def _fake_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_modulated_norm_fwd = register(
+    "modulated_norm_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    _launch_modulated_norm_fwd,
+    _modulated_norm_cpu,
+    lambda x, shift, scale, eps: (_fake_like(x), _row_stats(x), _row_stats(x)),
+)
+_modulated_norm_bwd = register(
+    "modulated_norm_bwd(Tensor x, Tensor scale, Tensor mean, Tensor rstd, Tensor dh) -> (Tensor, Tensor, Tensor)",
+    _launch_modulated_norm_bwd,
+    _modulated_norm_bwd_cpu,
+    lambda x, scale, mean, rstd, dh: (_fake_like(x), _fake_like(scale), _fake_like(scale)),
+)
+_gate_residual_norm_fwd = register(
+    "gate_residual_norm_fwd(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_gate_residual_norm_fwd,
+    _gate_residual_norm_cpu,
+    lambda x, y, gate, shift, scale, eps: (_fake_like(x), _fake_like(x), _row_stats(x), _row_stats(x)),
+)
+_gate_residual_norm_bwd = register(
+    "gate_residual_norm_bwd(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor mean, Tensor rstd, Tensor dz,"
+    " Tensor dh) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch_gate_residual_norm_bwd,
+    _gate_residual_norm_bwd_cpu,
+    lambda y, gate, z, scale, mean, rstd, dz, dh: (
+        _fake_like(z),
+        _fake_like(y),
+        _fake_like(gate),
+        _fake_like(scale),
+        _fake_like(scale),
+    ),
+)
+_modulated_norm_difference = register(
+    "modulated_norm_difference(Tensor x, Tensor dx, Tensor scale, Tensor dshift, Tensor dscale, float eps) -> Tensor",
+    _launch_modulated_norm_difference,
+    reference.modulated_norm_difference,
+    lambda x, dx, scale, dshift, dscale, eps: _fake_like(x),
+)
+_gate_residual_norm_difference = register(
+    "gate_residual_norm_difference(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor dx, Tensor dy, Tensor dgate,"
+    " Tensor dshift, Tensor dscale, float eps) -> (Tensor, Tensor)",
+    _launch_gate_residual_norm_difference,
+    reference.gate_residual_norm_difference,
+    lambda y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps: (_fake_like(z), _fake_like(z)),
+)
+
+
+class _ModulatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, eps):
+        h, mean, rstd = _modulated_norm_fwd(x, shift, scale, eps)
+        ctx.save_for_backward(x, scale, mean, rstd)
+        return h
+
+    @staticmethod
+    def backward(ctx, dh):
+        return *_modulated_norm_bwd(*ctx.saved_tensors, dh), None
+
+
+class _GateResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, gate, shift, scale, eps):
+        z, h, mean, rstd = _gate_residual_norm_fwd(x, y, gate, shift, scale, eps)
+        ctx.save_for_backward(y, gate, z, scale, mean, rstd)
+        return z, h
+
+    @staticmethod
+    def backward(ctx, dz, dh):
+        return *_gate_residual_norm_bwd(*ctx.saved_tensors, dz, dh), None
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift, (B, T, D).  See `reference.modulated_norm`."""
+    return _ModulatedNorm.apply(x, shift, scale, eps)
+
+
+def modulated_norm_difference(
+    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """Return the difference of modulated_norm, (B, T, D).  See `reference.modulated_norm_difference`."""
+    return _modulated_norm_difference(x, dx, scale, dshift, dscale, eps)
+
+
+def gate_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift, (B, T, D).  See `reference.gate_residual_norm`."""
+    return _GateResidualNorm.apply(x, y, gate, shift, scale, eps)
+
+
+def gate_residual_norm_difference(
+    y: Tensor,
+    gate: Tensor,
+    z: Tensor,
+    scale: Tensor,
+    dx: Tensor,
+    dy: Tensor,
+    dgate: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Return the differences of z and h of gate_residual_norm.  See `reference.gate_residual_norm_difference`."""
+    return _gate_residual_norm_difference(y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps)

@@ -1,0 +1,159 @@
+"""One table of (op, shapes): what tests/test_kernels.py interprets on the CPU and tests/gpu/ runs on a GPU."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+Make = Callable[[torch.Generator], list[Tensor]]
+
+
+def randn(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def chunks(num: int, B: int, D: int) -> Callable[[torch.Generator], list[Tensor]]:
+    """`num` modulations (B, D) that are chunks of one tensor, as the network makes them."""
+    return lambda generator: list(randn(B, num * D)(generator).chunk(num, dim=1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape: float inputs in order, constants after them, and the inputs that a gradient flows to."""
+
+    op: str
+    shape: tuple[int, ...]
+    make: Make
+    constants: tuple[Any, ...] = ()
+    gradients: tuple[int, ...] = ()
+    # inputs that stay in float32 whatever the dtype under test: times, coefficients
+    float32: tuple[int, ...] = ()
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> list[Tensor]:
+        """Inputs of `dtype`; in float64 they hold the same numbers as those of `dtype` rounded."""
+        generator = torch.Generator().manual_seed(seed)
+        return [
+            x.to(torch.float32 if i in self.float32 else dtype).to(device) for i, x in enumerate(self.make(generator))
+        ]
+
+    def call(self, ops: ModuleType, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and the gradients of sum(output * w) for fixed random w."""
+        leaves = [x.detach().requires_grad_(i in self.gradients) for i, x in enumerate(inputs)]
+        outputs = getattr(ops, self.op)(*leaves, *self.constants)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        if not self.gradients:
+            return outputs, []
+        generator = torch.Generator().manual_seed(1)
+        carriers = [out for out in outputs if out.requires_grad]
+        weights = [
+            torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype).to(out.device)
+            for out in carriers
+        ]
+        gradients = torch.autograd.grad(carriers, [leaves[i] for i in self.gradients], weights)
+        return [out.detach() for out in outputs], list(gradients)
+
+
+def flat(*makers: Callable[[torch.Generator], Tensor | list[Tensor]]) -> Make:
+    def make(generator: torch.Generator) -> list[Tensor]:
+        inputs: list[Tensor] = []
+        for maker in makers:
+            made = maker(generator)
+            inputs += made if isinstance(made, list) else [made]
+        return inputs
+
+    return make
+
+
+def small(make: Callable[[torch.Generator], Any], size: float = 1e-3) -> Callable[[torch.Generator], Any]:
+    """The same, a thousand times smaller: a difference."""
+
+    def scaled(generator: torch.Generator) -> Any:
+        made = make(generator)
+        return [x * size for x in made] if isinstance(made, list) else made * size
+
+    return scaled
+
+
+def norm_cases(B: int, T: int, D: int) -> list[Case]:
+    x, shape = randn(B, T, D), (B, T, D)
+    dx = small(x)
+    return [
+        Case("modulated_norm", shape, flat(x, chunks(2, B, D)), (1e-6,), (0, 1, 2)),
+        Case("modulated_norm_difference", shape, flat(x, dx, chunks(1, B, D), small(chunks(2, B, D))), (1e-6,)),
+        Case("gate_residual_norm", shape, flat(x, x, chunks(3, B, D)), (1e-6,), (0, 1, 2, 3, 4)),
+        Case(
+            "gate_residual_norm_difference",
+            shape,
+            flat(x, chunks(1, B, D), x, chunks(1, B, D), dx, dx, small(chunks(3, B, D))),
+            (1e-6,),
+        ),
+    ]
+
+
+def activation_cases(*shape: int) -> list[Case]:
+    x, bias = randn(*shape), randn(shape[-1])
+    return [
+        Case("gelu", shape, flat(x, bias), (), (0, 1)),
+        Case("gelu_difference", shape, flat(x, small(x), bias)),
+        Case("silu", shape, flat(x), (), (0,)),
+        Case("silu_difference", shape, flat(x, small(x))),
+    ]
+
+
+def point_cases(B: int, M: int, *image: int) -> list[Case]:
+    x, rows, shape = randn(B, *image), randn(B), (B, M, *image)
+
+    def loss_rows(generator: torch.Generator) -> list[Tensor]:
+        return [randn(B, 4)(generator), randn(B)(generator).abs() + 0.1, randn(B)(generator)]
+
+    return [
+        Case("interpolate", shape, flat(x, x, *(rows,) * 4), float32=(2, 3, 4, 5)),
+        Case("look_ahead", shape, flat(x, x, randn(M, *image), rows, rows, randn(M)), float32=(3, 4, 5)),
+        Case(
+            "solution_loss",
+            shape,
+            flat(x, randn(M, *image), x, x, loss_rows),
+            (0.75, 0.01),
+            (0,),
+            float32=(4, 5, 6),
+        ),
+    ]
+
+
+# odd sizes, one row, widths around the tuning table's steps
+SMALL = [
+    *norm_cases(2, 3, 24),
+    *norm_cases(1, 1, 8),
+    *norm_cases(3, 5, 100),
+    *norm_cases(2, 2, 520),
+    *activation_cases(2, 3, 24),
+    *activation_cases(1, 1),
+    *activation_cases(131, 7),
+    *activation_cases(5, 515),
+    *point_cases(5, 2, 3, 7),
+    *point_cases(1, 1, 1),
+    *point_cases(3, 3, 2, 5, 5),
+    *point_cases(3, 0, 2, 5, 5),
+    *point_cases(2, 1, 2053),
+]
+EMPTY = [*norm_cases(0, 3, 8), *activation_cases(0, 8), *point_cases(0, 0, 2, 2)]
+
+
+def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
+    """Mark a test to run for every case."""
+    return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case.op}-{'x'.join(map(str, case.shape))}")
+
+
+def assert_as_precise(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """err(ours) <= 2 err(eager, same dtype) + eps max|exact|, all against float64; nothing unwritten (NaN)."""
+    assert ours.shape == exact.shape
+    assert ours.dtype == eager.dtype
+    assert torch.isfinite(ours).all(), "an element was not written, or is not finite"
+    if not exact.numel():
+        return
+    error, eager_error = ((x.double() - exact).abs().max() for x in (ours, eager))
+    assert error <= 2 * eager_error + torch.finfo(ours.dtype).eps * exact.abs().max()

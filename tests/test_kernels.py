@@ -1,0 +1,233 @@
+"""The fused kernels, run by Triton's interpreter on the CPU: forward and every gradient against float64."""
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import EMPTY, SMALL, Case, assert_as_precise, norm_cases, parametrize
+
+triton = pytest.importorskip("triton", reason="needs Triton")
+
+from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
+
+from bench import resources  # noqa: E402
+from soflow import kernels  # noqa: E402
+from soflow.kernels import library, reference  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The fused ops with every registered op replaced by its launcher, which the interpreter runs on CPU tensors."""
+    assert isinstance(kernels.activation._gelu_fwd_kernel, InterpretedFunction)
+    for module in resources.MODULES:
+        for name, launcher in list(vars(module).items()):
+            if name.startswith("_launch_"):
+                monkeypatch.setattr(module, name.removeprefix("_launch"), launcher)
+    return kernels
+
+
+def check(case: Case, ops: ModuleType, inputs: list[torch.Tensor]) -> None:
+    results = [case.call(ops, inputs), case.call(reference, inputs)]
+    exact = case.call(reference, [x.double() for x in inputs])
+    for ours, eager, true in zip(*results, exact, strict=True):
+        for a, b, c in zip(ours, eager, true, strict=True):
+            assert_as_precise(a, b, c)
+
+
+@parametrize(SMALL)
+def test_as_precise_as_eager(case, interpreted):
+    check(case, interpreted, case.inputs(torch.float32, "cpu"))
+
+
+@parametrize(EMPTY)
+def test_empty_batch(case, interpreted):
+    outputs, gradients = case.call(interpreted, case.inputs(torch.float32, "cpu"))
+    expected, expected_gradients = case.call(reference, case.inputs(torch.float32, "cpu"))
+    for ours, theirs in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7))])
+def test_layout_does_not_matter(case, interpreted):
+    """Transposed inputs, and a gradient expanded from one number."""
+    inputs = [
+        x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 2 else x
+        for x in case.inputs(torch.float32, "cpu")
+    ]
+    check(case, interpreted, inputs)
+    if case.gradients:
+        grads = []
+        for ops in (interpreted, reference):
+            leaves = [x.clone().requires_grad_(i in case.gradients) for i, x in enumerate(inputs)]
+            out = getattr(ops, case.op)(*leaves, *case.constants)
+            (out[0] if isinstance(out, tuple) else out).sum().backward()
+            grads.append([leaves[i].grad for i in case.gradients])
+        for ours, theirs in zip(*grads, strict=True):
+            if theirs is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@parametrize([case for case in SMALL if case.shape in ((3, 5, 100), (131, 7), (5, 2, 3, 7))])
+def test_the_same_bits_again(case, interpreted):
+    first, second = (case.call(interpreted, case.inputs(torch.float32, "cpu")) for _ in range(2))
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_partial_sums_over_slabs(B, interpreted, monkeypatch):
+    """A small batch cuts its tokens into slabs, also where they do not divide evenly."""
+    assert kernels.tuning.num_slabs(B, 13) == 8
+    for case in norm_cases(B, 13, 16):
+        check(case, interpreted, case.inputs(torch.float32, "cpu"))
+
+
+def test_look_ahead_without_conditional_rows(interpreted):
+    generator = torch.Generator().manual_seed(0)
+    v_t, v_uncond = torch.randn(2, 5, 3, 4, generator=generator)
+    guidance, dt = torch.randn(5, generator=generator), torch.randn(2, generator=generator)
+    ours, theirs = (
+        ops.look_ahead(v_t, v_uncond, None, guidance, torch.ones(5), dt) for ops in (interpreted, reference)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num", [1, 3, 4, 37, 1030])
+@pytest.mark.parametrize("op", ["uniform", "normal"])
+def test_random_numbers_are_those_of_the_reference(op, num, interpreted):
+    seed, step, sample = torch.tensor(2**40 + 5), torch.tensor(7), torch.tensor([0, 3, 2**31, 11])
+    ours, theirs = (getattr(ops, op)(seed, step, 3, sample, num) for ops in (interpreted, reference))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("has_std", [True, False])
+def test_draw_is_that_of_the_reference_however_split(has_std, interpreted):
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(2, 6, 2, 3, 5, generator=generator)
+    keys = torch.tensor(9), torch.tensor(4), torch.arange(6)
+    arguments = (mean, std if has_std else None, *keys)
+    ours, theirs = (ops.draw(*arguments) for ops in (interpreted, reference))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
+    part = interpreted.draw(mean[4:], std[4:] if has_std else None, *keys[:2], keys[2][4:])
+    assert all(torch.equal(a, b[4:]) for a, b in zip(part, ours, strict=True))
+
+
+def test_float16_is_rounded_once(interpreted):
+    for case in norm_cases(2, 3, 24):
+        check(case, interpreted, case.inputs(torch.float16, "cpu"))
+
+
+# --------------------------------------------------------------------------------------------------
+# The bindings, on the CPU
+
+
+@parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7))])
+def test_cpu_tensors_take_the_reference(case):
+    """Also its gradient: the CPU implementations of the backward ops are checked against autograd of the reference."""
+    inputs = case.inputs(torch.float64, "cpu")
+    ours, theirs = case.call(kernels, inputs), case.call(reference, inputs)
+    for a, b in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def op_arguments(name: str) -> tuple:
+    """Sample arguments for the op `name`, by its schema: names mean shapes."""
+    B, T, D, M = 3, 5, 8, 2
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        **dict.fromkeys(("x", "y", "z", "dx", "dy", "dz", "dh"), (B, T, D)),
+        **dict.fromkeys(("gate", "shift", "scale", "dgate", "dshift", "dscale"), (B, D)),
+        **dict.fromkeys(("mean", "rstd"), (B, T)),
+        **dict.fromkeys(("F_t", "v", "v_t", "v_uncond", "x_0", "x_1"), (B, T, D)),
+        **dict.fromkeys(("dF", "v_cond"), (M, T, D)),
+        **dict.fromkeys(("alpha_t", "beta_t", "dalpha_t", "dbeta_t", "guidance", "mix"), (B,)),
+        "bias": (D,),
+        "dt": (M,),
+        "rows": (B, 6),
+    }
+    numbers = {"eps": 1e-6, "p": 0.75, "stream": 3, "num": 6}
+    if name == "draw":
+        shapes |= {"mean": (B, T, D), "std": (B, T, D)}
+    arguments = []
+    for argument in getattr(torch.ops.soflow, name).default._schema.arguments:
+        if argument.name in numbers:
+            arguments.append(numbers[argument.name])
+        elif argument.name in ("seed", "step", "sample"):
+            arguments.append(torch.arange(B))
+        else:
+            arguments.append(torch.rand(shapes[argument.name], generator=generator) + 0.1)
+    return tuple(arguments)
+
+
+OPS = (
+    "draw",
+    "gate_residual_norm_bwd",
+    "gate_residual_norm_difference",
+    "gate_residual_norm_fwd",
+    "gelu_bwd",
+    "gelu_difference",
+    "gelu_fwd",
+    "interpolate",
+    "look_ahead",
+    "modulated_norm_bwd",
+    "modulated_norm_difference",
+    "modulated_norm_fwd",
+    "normal",
+    "silu_bwd",
+    "silu_difference",
+    "silu_fwd",
+    "solution_loss",
+    "uniform",
+)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    torch.library.opcheck(
+        getattr(torch.ops.soflow, name).default, op_arguments(name), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_every_op_is_checked():
+    defined = {key.partition("::")[2] for key in library.library._op_defs}
+    assert defined == set(OPS)
+
+
+@parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7)) and case.gradients])
+def test_compiles_as_one_graph(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(getattr(kernels, case.op), fullgraph=True, backend="aot_eager")
+    inputs = [x.requires_grad_(i in case.gradients) for i, x in enumerate(case.inputs(torch.float32, "cpu"))]
+    ours, theirs = (op(*inputs, *case.constants) for op in (compiled, getattr(kernels, case.op)))
+    for a, b in zip(*(out if isinstance(out, tuple) else (out,) for out in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiled for GPUs that are not here
+
+
+def test_every_kernel_compiles_without_spills(tmp_path):
+    """For sm_80, sm_90 and sm_100, at every production shape. In a process of its own: this one interprets."""
+    file = tmp_path / "resources.json"
+    command = [sys.executable, "-m", "bench.resources", "--json", str(file)]
+    result = subprocess.run(
+        command, env=resources.compiling_environment(), capture_output=True, text=True, check=False, timeout=900
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
+    kernels_seen = {row["kernel"] for row in rows}
+    defined = {
+        name for module in resources.MODULES for name in vars(module) if name.endswith("_kernel") and name[0] == "_"
+    }
+    assert kernels_seen == defined
+    assert {name for row in rows for name in row["shape"].split(", ")} == {*resources.SHAPES, "latents 4x32x32"}
+    assert all({"kernel", "shape", "arch", "registers", "shared", "spills"} <= row.keys() for row in rows)
