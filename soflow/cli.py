@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         return DONE
     if args.dry_run:
-        print(_summary(config))
+        print(_summary(config, args.resume))
         return DONE
 
     from soflow.distributed import join_processes
@@ -118,32 +118,33 @@ def _train(args: argparse.Namespace) -> int:
     return DONE if complete else STOPPED
 
 
-def _summary(config: "Config") -> str:
+def _summary(config: "Config", resume: Path | None) -> str:
     """What training would do, after building all of it; the weights without memory, so that any size fits."""
     import torch
 
     from soflow.data import open_source
     from soflow.distributed import resolve_device
-    from soflow.run_folder import build_flow, choose_ops
+    from soflow.run_folder import build_flow, choose_ops, find_run
     from soflow.trainer import build_objective, require_matching_data
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)
     require_matching_data(config, source)
+    ops = choose_ops(config.engine.ops, device)
     with torch.device("meta"):
-        flow = build_flow(config.network, config.flow, choose_ops(device))
-    build_objective(config, choose_ops(device))
+        flow = build_flow(config.network, config.flow, ops)
+    build_objective(config, ops)
     network, train = config.network, config.train
     millions = sum(parameter.numel() for parameter in flow.parameters()) / 1e6
     shape = " x ".join(map(str, source.image_shape))
     epochs = train.total_steps * train.batch_size / len(source)
-    folder = Path(config.output_dir) / config.name
+    folder, start = find_run(config, resume, print)
     lines = {
         "network": f"{network.name}, {millions:.1f} M parameters, {shape}, {network.num_classes or 'no'} classes",
         "data": f"{config.data.source}, {len(source)} samples, {source.num_classes} classes",
         "training": f"{train.total_steps} steps of {train.batch_size} samples: {epochs:.1f} epochs",
         "device": f"{device}, {config.engine.precision}",
-        "run folder": f"{folder} ({'exists and would be continued' if folder.exists() else 'new'})",
+        "run folder": f"{folder.path} ({'from the start' if start is None else f'continues from {start.name}'})",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())
 

@@ -186,6 +186,9 @@ class EngineConfig:
 
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU when there is one"] = "auto"
     precision: Annotated[Literal["fp32", "tf32"], "matrix products on a GPU in float32 or TF32"] = "fp32"
+    ops: Annotated[Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU"] = (
+        "auto"
+    )
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
 
     def __post_init__(self) -> None:

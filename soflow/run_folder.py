@@ -33,13 +33,20 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
+    def create(self, config: Config) -> None:
+        """Make the folder and write `config` there, unless that was done before; OSError where it cannot be written."""
+        self.samples.mkdir(parents=True, exist_ok=True)
+        if not self.config.exists():
+            with replacing(self.config) as partial:
+                partial.write_text(dump_config(config), encoding="utf-8")
 
-def open_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -> tuple[RunFolder, Path | None]:
-    """Make the run folder of `config`, or open it again; return it and the step folder to continue from, if any.
 
-    A folder is opened again only by the configuration it was made with, apart from settings that do not change what
-    is computed. resume None continues from the newest verified checkpoint; a path must name a sound one.
-    Raises RunError, CheckpointError, or OSError where the folder cannot be written; nothing is overwritten then.
+def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -> tuple[RunFolder, Path | None]:
+    """Return the run folder of `config`, and the step folder to continue from, if any; writes nothing.
+
+    A folder is used again only by the configuration it was made with, apart from settings that do not change what is
+    computed. resume None continues from the newest verified checkpoint; corrupt ones are passed over with a warning.
+    Raises RunError for a folder of another configuration, or one that is no run folder.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     if folder.path.exists() and not folder.path.is_dir():
@@ -48,12 +55,7 @@ def open_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
         _require_same(config, load_config(folder.config), str(folder.path))
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise RunError(f"{folder.path}: got a folder without config.yaml that is not empty; choose another name")
-    start = checkpoint.newest(folder.checkpoints, warn) if resume is None else resume
-    folder.samples.mkdir(parents=True, exist_ok=True)
-    if not folder.config.exists():
-        with replacing(folder.config) as partial:
-            partial.write_text(dump_config(config), encoding="utf-8")
-    return folder, start
+    return folder, checkpoint.newest(folder.checkpoints, warn) if resume is None else resume
 
 
 def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object]) -> dict[str, object]:
@@ -68,9 +70,11 @@ def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, 
         raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
 
 
-def choose_ops(device: torch.device) -> ModuleType:
-    """Return the fused ops for a GPU, the reference for the CPU, whose every op they would only wrap."""
-    return kernels if device.type == "cuda" else reference
+def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device) -> ModuleType:
+    """Return the ops called so; auto is fused on a GPU, and on the CPU the reference, which fused would only wrap."""
+    if ops == "auto":
+        ops = "fused" if device.type == "cuda" else "reference"
+    return kernels if ops == "fused" else reference
 
 
 def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> SolutionFlow:
@@ -88,7 +92,7 @@ def load_flow(
     parameterization are taken as linear and euler, as the released models have them.
     Raises CheckpointError naming the path where there is none or it cannot be trusted.
     """
-    ops = choose_ops(torch.device(device))
+    ops = choose_ops("auto", torch.device(device))
     if path.suffix == ".pt":
         official = checkpoint.load_official(path)
         state, step = official.ema if weights == "ema" else official.model, official.step

@@ -3,10 +3,11 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,10 @@ from soflow.objective import Batch, Objective, ObjectiveOutput
 from soflow.optim import Ema, build_optimizer, gradient_norm
 from soflow.run_folder import (
     RunError,
-    RunFolder,
     build_flow,
     checkpoint_meta,
     choose_ops,
-    open_run,
+    find_run,
     require_own_checkpoint,
 )
 from soflow.sampling import sample, sample_noise
@@ -46,6 +46,8 @@ SUMMED = (
     "grad_norm",
 )
 GRID_COLUMNS = 10
+
+T = TypeVar("T")
 
 
 class DivergedError(RuntimeError):
@@ -66,7 +68,7 @@ class Trainer:
         require_matching_data(config, self.source)
         configure_torch(config.engine)
 
-        self.ops = choose_ops(processes.device)
+        self.ops = choose_ops(config.engine.ops, processes.device)
         self.flow = initial_flow(config, self.ops).to(processes.device)
         network = self.flow.network
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -86,9 +88,10 @@ class Trainer:
         self.interval_sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=processes.device)
         self.interval_weights = self._interval_weights()
         self.loss_scale = len(self.share) / config.train.batch_size * processes.world_size
-        self.folder, start = self._open(resume)
+        self.folder, start = self._on_first(lambda: find_run(config, resume, print))
         if start is not None:
             self._restore(start)
+        self._on_first(lambda: self.folder.create(config))
         self._stop_requested = False
 
     def fit(self, until: int | None = None) -> bool:
@@ -218,19 +221,18 @@ class Trainer:
     # --------------------------------------------------------------------------------------------
     # Files.
 
-    def _open(self, resume: Path | None) -> tuple[RunFolder, Path | None]:
-        """The first process opens the run folder; an error of its is everybody's."""
-        outcome: tuple[RunFolder, Path | None] | Exception | None = None
+    def _on_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns on the first process; an error of its is everybody's."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
         if self.processes.is_first:
             try:
-                outcome = open_run(self.config, resume, print)
+                outcome = action(), None
             except (ValueError, OSError) as error:
-                outcome = error
-        outcome = self.processes.agree(outcome)
-        if isinstance(outcome, Exception):
-            raise outcome
-        assert outcome is not None
-        return outcome
+                outcome = None, error
+        result, failure = self.processes.agree(outcome)
+        if failure is not None:
+            raise failure
+        return result  # type: ignore[return-value]
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.load(path)

@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from soflow import Batch, Objective, SolutionFlow, middle_time
+from soflow.kernels import reference
+from soflow.models import DiT
+
 Make = Callable[[torch.Generator], list[Tensor]]
 
 
@@ -157,3 +161,31 @@ def assert_as_precise(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
         return
     error, eager_error = ((x.double() - exact).abs().max() for x in (ours, eager))
     assert error <= 2 * eager_error + torch.finfo(ours.dtype).eps * exact.abs().max()
+
+
+def check_step(ops: ModuleType, device: str, shape: tuple[int, ...]) -> None:
+    """Loss and every gradient of a whole step on DiT(*shape): fused against eager, both against float64."""
+    torch.manual_seed(0)
+    input_size, _, channels, *_, num_classes = shape
+    exact_network = DiT(*shape).double()
+    with torch.no_grad():
+        for parameter in exact_network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    t, s = torch.rand(2, 8).sort(0, descending=True).values
+    x_0, x_1 = torch.randn(2, 8, channels, input_size, input_size)
+    labels = torch.arange(8) % num_classes
+    tensors = {"x_0": x_0, "x_1": x_1, "t": t, "l": middle_time(t, s, 0.002), "s": s}
+    tensors |= {"labels": labels, "null_mask": labels % 4 == 1}
+
+    def run(ops: ModuleType, dtype: torch.dtype) -> list[Tensor]:
+        network = DiT(*shape, ops=ops).to(device, dtype)
+        network.load_state_dict(exact_network.state_dict())
+        moved = {name: (v.to(dtype) if v.is_floating_point() else v).to(device) for name, v in tensors.items()}
+        objective = Objective(3.0, 0.8, 0.25, ops=ops)
+        loss = objective(SolutionFlow(network), Batch(**moved, num_velocity=4)).loss
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    results = run(ops, torch.float32), run(reference, torch.float32), run(reference, torch.float64)
+    for ours, eager, exact in zip(*results, strict=True):
+        assert_as_precise(ours, eager, exact)

@@ -138,7 +138,7 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(recipe, capsys, t
     assert "digits, 1437 samples, 10 classes" in text
     assert "8 steps of 16 samples: 0.1 epochs" in text
     assert "cpu, fp32" in text
-    assert f"{tmp_path / 'runs' / 'tiny'} (new)" in text
+    assert f"{tmp_path / 'runs' / 'tiny'} (from the start)" in text
     assert snapshot(tmp_path) == before
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_cases import EMPTY, SMALL, Case, assert_as_precise, norm_cases, parametrize
+from kernel_cases import EMPTY, SMALL, Case, assert_as_precise, check_step, norm_cases, parametrize
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -117,6 +117,10 @@ def test_draw_is_that_of_the_reference_however_split(has_std, interpreted):
         torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
     part = interpreted.draw(mean[4:], std[4:] if has_std else None, *keys[:2], keys[2][4:])
     assert all(torch.equal(a, b[4:]) for a, b in zip(part, ours, strict=True))
+
+
+def test_whole_step_is_as_precise_as_eager(interpreted):
+    check_step(interpreted, "cpu", (4, 2, 2, 24, 2, 2, 5))
 
 
 def test_float16_is_rounded_once(interpreted):

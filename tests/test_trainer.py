@@ -84,6 +84,13 @@ def test_same_seed_repeats_and_another_differs(tmp_path):
     assert metrics(other) != metrics(a)
 
 
+def test_fused_ops_train_the_same_on_the_cpu(tmp_path):
+    """Where they are their reference behind the bindings: losses of 8 steps equal to rounding."""
+    lines = [metrics(train(tiny.config(tmp_path / ops, f"engine.ops={ops}"))) for ops in ("fused", "reference")]
+    for fused, reference in zip(*lines, strict=True):
+        assert fused == pytest.approx(reference, rel=1e-4)
+
+
 @pytest.mark.parametrize("fm_ratio", [0.0, 1.0])
 def test_either_loss_alone_trains(tmp_path, fm_ratio):
     line = metrics(train(tiny.config(tmp_path, f"objective.fm_ratio={fm_ratio}")))[-1]
@@ -142,6 +149,12 @@ def test_resume_from_a_named_checkpoint(tmp_path):
     flipped.write_bytes(data)
     with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors"):
         Trainer(config, ALONE, resume=start)
+
+
+def test_resume_from_nowhere_leaves_nothing(tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match="nowhere"):
+        Trainer(tiny.config(tmp_path), ALONE, resume=tmp_path / "nowhere")
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_checkpoint_of_another_data_set_is_refused(tmp_path):

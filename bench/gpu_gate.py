@@ -1,0 +1,189 @@
+"""Everything in the project that needs a GPU, in one command of at most nine minutes.
+
+    python -m bench.gpu_gate [--only STAGE] [--results FOLDER]
+
+Needs the repository, a GPU, and a Python with torch and triton; what else a stage wants and does not find is said in
+its line, and the stage counts as skipped. Stages, each in a process of its own with a limit of its own:
+
+    tests       tests/gpu under pytest
+    sanitizer   compute-sanitizer (memcheck) on the smallest cases of the tests
+    kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
+    training    the digits for a few hundred steps on the GPU: fused ops against the reference ops, losses and time
+
+Prints a short table last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when
+a stage failed, 2 where there is no GPU.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_steps=300", "train.sample_every=0")
+# the two trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
+TRAINING_TOLERANCE = 0.05
+# enough of the tests to run every kernel once, small enough for a tool that slows it a hundredfold
+SANITIZED = "as_precise_as_eager and (2x3x24 or 5x2x3x7) and float32 or (random_numbers and normal)"
+
+
+@dataclass
+class Stage:
+    """What came of one stage: passed, failed or skipped, why, how long it took, and its figures."""
+
+    name: str
+    status: str
+    detail: str
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def run(command: list[str], limit_s: int) -> tuple[int, str]:
+    """Return exit code and output (stdout and stderr together) of `command`, run at the root; 124 past the limit."""
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
+        )
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout or ""
+        return 124, output if isinstance(output, str) else output.decode(errors="replace")
+    return done.returncode, done.stdout
+
+
+def last_line(output: str) -> str:
+    """Return the last line of `output` that is not empty."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return lines[-1] if lines else "no output"
+
+
+def tests() -> Stage:
+    """tests/gpu under pytest."""
+    if find_spec("pytest") is None:
+        return Stage("tests", "skipped", "pytest is not installed")
+    code, output = run([sys.executable, "-m", "pytest", "-q", "tests/gpu"], limit_s=200)
+    print(output, flush=True)
+    return Stage("tests", "passed" if code == 0 else "failed", last_line(output))
+
+
+def sanitizer() -> Stage:
+    """compute-sanitizer on the smallest cases of the tests."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if tool is None or find_spec("pytest") is None:
+        return Stage("sanitizer", "skipped", "compute-sanitizer or pytest is not installed")
+    # the caching allocator would hide accesses beyond a tensor inside its blocks
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
+    selection = ["-m", "pytest", "-q", "-x", "tests/gpu/test_kernels.py", "-k", SANITIZED]
+    code, output = run([*command, sys.executable, *selection], limit_s=150)
+    if code != 0:
+        print(output[-4000:], flush=True)
+    summaries = [line for line in output.splitlines() if "ERROR SUMMARY" in line or " passed" in line]
+    return Stage("sanitizer", "passed" if code == 0 else "failed", "; ".join(summaries) or last_line(output))
+
+
+def kernels() -> Stage:
+    """Every fused op against eager PyTorch and torch.compile."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernels.json"
+        code, output = run([sys.executable, "-m", "bench.kernels", "--quick", "--json", str(file)], limit_s=150)
+        print(output, flush=True)
+        if code != 0:
+            return Stage("kernels", "failed", last_line(output))
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    ratios = [row["compiled_ms"] / row["fused_ms"] for row in figures["rows"]]
+    slower = sum(ratio < 1 for ratio in ratios)
+    return Stage("kernels", "passed", f"{len(ratios)} rows, {slower} slower than torch.compile", figures=figures)
+
+
+def training() -> Stage:
+    """The digits on the GPU, with fused ops and with the reference ops, from the same seed."""
+    missing = [name for name in ("msgspec", "ruamel.yaml", "safetensors", "sklearn") if find_spec(name) is None]
+    if missing:
+        return Stage("training", "skipped", f"not installed: {', '.join(missing)}")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for ops in ("fused", "reference"):
+            overrides = [*TRAINING_OVERRIDES, f"engine.ops={ops}", f"name={ops}", f"output_dir={json.dumps(folder)}"]
+            code, output = run([sys.executable, "train.py", "configs/digits.yaml", *overrides], limit_s=90)
+            if code != 0:
+                print(output[-4000:], flush=True)
+                return Stage("training", "failed", f"{ops}: {last_line(output)}")
+            lines = (Path(folder) / ops / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            figures[ops] = json.loads(lines[-1])
+    fused, eager = figures["fused"], figures["reference"]
+    apart = abs(fused["loss/velocity_mse"] / eager["loss/velocity_mse"] - 1)
+    detail = f"velocity mse {apart:.1%} apart, step {fused['time/step_s']:.4f} s against {eager['time/step_s']:.4f} s"
+    return Stage("training", "passed" if apart < TRAINING_TOLERANCE else "failed", detail, figures=figures)
+
+
+STAGES: dict[str, Callable[[], Stage]] = {
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "kernels": kernels,
+    "training": training,
+}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on: GPU, driver, versions and commit."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    for package in ("triton", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "nvidia-smi": run(query, 20)[1].strip() if shutil.which("nvidia-smi") else None,
+        "versions": versions,
+        "commit": run(["git", "rev-parse", "HEAD"], 20)[1].strip() if (ROOT / ".git").exists() else None,
+        "changed": bool(run(["git", "status", "--porcelain"], 20)[1].strip()) if (ROOT / ".git").exists() else None,
+    }
+
+
+def main() -> int:
+    """Run the stages, write the JSON file, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STAGES, action="append", help="this stage, not all; may be repeated")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: got no GPU, expected one: bench.gpu_gate runs what needs it", file=sys.stderr)
+        return 2
+    os.environ.pop("TRITON_INTERPRET", None)
+    stages = []
+    for name in args.only or STAGES:
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        stage = STAGES[name]()
+        stage.seconds = time.perf_counter() - start
+        stages.append(stage)
+    now = datetime.now(timezone.utc)
+    result = {"time": now.isoformat(timespec="seconds"), **machine(), "stages": [asdict(stage) for stage in stages]}
+    args.results.mkdir(parents=True, exist_ok=True)
+    gpu = "-".join(torch.cuda.get_device_name().lower().split())
+    file = args.results / f"gpu-gate-{gpu}-{now:%Y%m%d-%H%M%S}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{result['gpu']}, torch {torch.__version__}, {file}")
+    for stage in stages:
+        print(f"{stage.name:12}{stage.status:9}{stage.seconds:6.0f} s  {stage.detail}")
+    return 1 if any(stage.status == "failed" for stage in stages) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""Is every fused op faster than eager PyTorch and than torch.compile, and how near to the memory roofline?
+
+    python -m bench.kernels [--json FILE] [--quick]
+
+Needs a GPU. A row per op and shape: milliseconds of the fused op, of the reference run eagerly and of the reference
+compiled, forward and forward + backward, measured by turns in one run (median, cold L2), and the GB/s of the fused op
+for the bytes it must move at least. Before an op is timed its result is compared with the reference.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from soflow import kernels
+from soflow.kernels import reference
+
+# tokens and width of the official networks, at batch 256 with 64 consistency rows
+SHAPES = {"DiT-B/4": (64, 768), "DiT-B/2": (256, 768), "DiT-L/2": (256, 1024), "DiT-XL/2": (256, 1152)}
+BATCH_SIZE, NUM_CONSISTENCY = 256, 64
+LATENT = (4, 32, 32)
+# a fused op is compared with the reference in bf16: this many units of rounding of its largest value
+ROUNDING_UNITS = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An op with its inputs, those a gradient flows to, and the bytes it must move at least."""
+
+    op: str
+    shape: str
+    inputs: tuple[Any, ...]
+    gradients: tuple[int, ...]
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians in milliseconds, and the fused op's rate in GB/s."""
+
+    op: str
+    shape: str
+    direction: str
+    fused_ms: float
+    eager_ms: float
+    compiled_ms: float
+    fused_gb_per_s: float
+
+
+def network_workloads(shape: str, T: int, D: int) -> list[Workload]:
+    """Return the ops of one block in bf16."""
+
+    def activations(B: int, width: int) -> Tensor:
+        return torch.randn(B, T, width, device="cuda", dtype=torch.bfloat16)
+
+    def modulation(B: int) -> tuple[Tensor, ...]:
+        return torch.randn(B, 6 * D, device="cuda", dtype=torch.bfloat16).chunk(6, dim=1)
+
+    x, (a, b, c, *_) = activations(BATCH_SIZE, D), modulation(BATCH_SIZE)
+    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D), modulation(NUM_CONSISTENCY)
+    small = 1e-3 * d
+    elements, few, wide = x.numel(), d.numel(), activations(BATCH_SIZE, 4 * D)
+    wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device="cuda")
+    return [
+        Workload("modulated_norm", shape, (x, a, b), (0, 1, 2), 4 * elements, 6 * elements),
+        Workload("gate_residual_norm", shape, (x, x.clone(), a, b, c), (0, 1, 2, 3, 4), 8 * elements, 12 * elements),
+        Workload("modulated_norm_difference", shape, (d, small, da, db, dc), (), 6 * few, 0),
+        Workload("gate_residual_norm_difference", shape, (d, da, d, db, small, small, da, db, dc), (), 12 * few, 0),
+        Workload("gelu", shape, (wide, bias), (0, 1), 4 * wide.numel(), 6 * wide.numel()),
+        Workload("gelu_difference", shape, (wide_d, 1e-3 * wide_d, bias), (), 6 * wide_d.numel(), 0),
+    ]
+
+
+def point_workloads() -> list[Workload]:
+    """Return the ops of the training point and the loss in fp32."""
+    x, x_1 = torch.randn(2, BATCH_SIZE, *LATENT, device="cuda")
+    d = torch.randn(NUM_CONSISTENCY, *LATENT, device="cuda")
+    rows = torch.rand(BATCH_SIZE, device="cuda") + 0.1
+    keys = torch.arange(BATCH_SIZE, device="cuda")
+    table = torch.randn(BATCH_SIZE, 4, device="cuda")
+    n, m = 4 * x.numel(), 4 * d.numel()
+    shape = "latents 4x32x32"
+    return [
+        Workload("draw", shape, (x, x.abs(), keys, keys, keys), (), 4 * n, 0),
+        Workload("interpolate", shape, (x, x_1, rows, rows, rows, rows), (), 4 * n, 0),
+        Workload("look_ahead", shape, (x, x_1, d, rows, rows, rows[:NUM_CONSISTENCY]), (), 3 * n + 2 * m, 0),
+        Workload("solution_loss", shape, (x, d, x_1, x, table, rows, rows, 1.0, 0.01), (0,), 4 * n + m, 2 * n),
+    ]
+
+
+def _calls(work: Workload, op: Callable[..., Any]) -> tuple[Callable[[], Any], Callable[[], Any] | None]:
+    """Forward, and forward + backward (None without a gradient), as functions without arguments."""
+    leaves = [
+        x.detach().requires_grad_(i in work.gradients) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for i, x in enumerate(work.inputs)
+    ]
+
+    def forward() -> Any:
+        return op(*leaves)
+
+    if not work.gradients:
+        return forward, None
+    outputs = _tensors(forward())
+    grads = [torch.randn_like(out) for out in outputs if out.requires_grad]
+    inputs = [leaves[i] for i in work.gradients]
+
+    def both() -> Any:
+        return torch.autograd.grad([out for out in _tensors(op(*leaves)) if out.requires_grad], inputs, grads)
+
+    return forward, both
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def require_equal(work: Workload) -> None:
+    """Raise AssertionError unless the fused op gives what the reference gives, to rounding."""
+    ours, theirs = (_tensors(getattr(ops, work.op)(*work.inputs)) for ops in (kernels, reference))
+    for a, b in zip(ours, theirs, strict=True):
+        error, size = (a - b).abs().max().item(), b.abs().max().item()
+        assert error <= ROUNDING_UNITS * torch.finfo(b.dtype).eps * size, f"{work.op}: off by {error} of {size}"
+
+
+def measure(work: Workload, milliseconds: float) -> list[Timing]:
+    """Return the timings of one op: each way by turns, three rounds of `milliseconds`, medians of the rounds."""
+    from triton.testing import do_bench
+
+    require_equal(work)
+    torch._dynamo.reset()
+    ways = {
+        "fused": getattr(kernels, work.op),
+        "eager": getattr(reference, work.op),
+        "compiled": torch.compile(getattr(reference, work.op), dynamic=False),
+    }
+    timings = []
+    for index, (direction, volume) in enumerate(
+        (("forward", work.forward_bytes), ("forward + backward", work.forward_bytes + work.backward_bytes))
+    ):
+        calls = {name: _calls(work, op)[index] for name, op in ways.items()}
+        if None in calls.values():
+            continue
+        rounds = [
+            {name: do_bench(call, rep=milliseconds, return_mode="median") for name, call in calls.items()}
+            for _ in range(3)
+        ]
+        ms = {name: sorted(r[name] for r in rounds)[1] for name in ways}
+        rate = volume / ms["fused"] / 1e6
+        timings.append(Timing(work.op, work.shape, direction, ms["fused"], ms["eager"], ms["compiled"], rate))
+    return timings
+
+
+def main() -> int:
+    """Print the table, then one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--quick", action="store_true", help="two shapes, shorter rounds")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("error: got no GPU, expected one: bench.kernels times kernels", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    shapes = {name: SHAPES[name] for name in ("DiT-B/4", "DiT-XL/2")} if args.quick else SHAPES
+    rows = []
+    header = ("op", "shape", "direction", "fused ms", "eager x", "compiled x", "GB/s")
+    print("{:32}{:18}{:20}{:>10}{:>9}{:>11}{:>8}".format(*header))
+    for make in (point_workloads, *(lambda n=n, s=s: network_workloads(n, *s) for n, s in shapes.items())):
+        for work in make():
+            for row in measure(work, 20 if args.quick else 60):
+                rows.append(row)
+                ratios = row.eager_ms / row.fused_ms, row.compiled_ms / row.fused_ms
+                print(
+                    f"{row.op:32}{row.shape:18}{row.direction:20}{row.fused_ms:10.4f}{ratios[0]:9.2f}{ratios[1]:11.2f}"
+                    f"{row.fused_gb_per_s:8.0f}",
+                    flush=True,
+                )
+    result = {"gpu": torch.cuda.get_device_name(), "rows": [asdict(row) for row in rows]}
+    if args.json is not None:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
