@@ -95,7 +95,7 @@ def plot_losses(path: Path, metrics: Sequence[dict[str, float]], velocity_share:
     losses.plot(steps, velocity, label="velocity")
     losses.plot(steps, consistency, label="consistency (slope)")
     losses.plot(steps, total, label=f"{velocity_share:.2f} velocity + {1 - velocity_share:.2f} consistency", ls="--")
-    losses.set(ylabel="mean square error", yscale="log")
+    losses.set(ylabel="mean square error", ylim=(0, None))
     losses.legend(frameon=False)
     gap.plot(steps, [record["gap_ratio"] for record in metrics], color="black")
     gap.set(xlabel="step", ylabel="gap ratio r", yscale="log")

@@ -1,6 +1,6 @@
 """What every kernel needs of the hardware: registers, shared memory, spills, compiled for sm_80, sm_90 and sm_100.
 
-    python -m bench.resources [--json FILE] [--only NAME]
+    python -m bench.resources [--json] [--only NAME]
 
 Needs Triton but no GPU: the launchers run on tensors without storage, at the shapes of the official models, and what
 they would launch is compiled instead. A row per kernel, shape and architecture; exits 1 when a kernel spills, or needs
@@ -238,16 +238,16 @@ def compiling_environment() -> dict[str, str]:
 def main() -> int:
     """Print the table, write it as JSON where asked, and return 1 when a kernel needs more than it may."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the versions there")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, not as a table")
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name contains NAME")
     args = parser.parse_args()
     rows = measure(args.only)
-    print(f"{'kernel':42}{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}  shape")
-    for row in rows:
-        print(f"{row.kernel:42}{row.arch:8}{row.registers:10}{row.shared:8}{row.spills:8}  {row.shape}")
-    if args.json is not None:
-        result = {"triton": triton.__version__, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json:
+        print(json.dumps([{**asdict(row), "triton": triton.__version__} for row in rows], indent=1))
+    else:
+        print(f"{'kernel':42}{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}  shape")
+        for row in rows:
+            print(f"{row.kernel:42}{row.arch:8}{row.registers:10}{row.shared:8}{row.spills:8}  {row.shape}")
     bad = failures(rows)
     print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
     return 1 if bad else 0

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import register
+from soflow.kernels.library import check, check_dimensions, register
 from soflow.kernels.math import GELU_CUBE, GELU_SCALE, sigmoid, sigmoid_derivative, tanh, tanh_difference
 
 BLOCK_D = 512
@@ -221,21 +221,30 @@ class _Silu(torch.autograd.Function):
         return _silu_bwd(*ctx.saved_tensors, dy)
 
 
+def _check_gelu(op: str, x: Tensor, bias: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
+    check_dimensions(op, "x", x, 0, "(..., D)")
+    check(op, x.device, x=(x, tuple(x.shape)), bias=(bias, tuple(x.shape[-1:])), **others)
+
+
 def gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return GELU(x + bias) in the tanh form, (..., D).  See `reference.gelu`."""
+    _check_gelu("gelu", x, bias)
     return _Gelu.apply(x, bias)
 
 
 def gelu_difference(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
     """Return gelu(x + dx, bias) - gelu(x, bias), (..., D).  See `reference.gelu_difference`."""
+    _check_gelu("gelu_difference", x, bias, dx=(dx, tuple(x.shape)))
     return _gelu_difference(x, dx, bias)
 
 
 def silu(x: Tensor) -> Tensor:
     """Return x sigmoid(x).  See `reference.silu`."""
+    check("silu", x.device, x=(x, tuple(x.shape)))
     return _Silu.apply(x)
 
 
 def silu_difference(x: Tensor, dx: Tensor) -> Tensor:
     """Return silu(x + dx) - silu(x).  See `reference.silu_difference`."""
+    check("silu_difference", x.device, x=(x, tuple(x.shape)), dx=(dx, tuple(x.shape)))
     return _silu_difference(x, dx)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import register
+from soflow.kernels.library import check, check_dimensions, register
 from soflow.kernels.tuning import norm_warps, num_slabs
 
 
@@ -558,8 +558,19 @@ class _GateResidualNorm(torch.autograd.Function):
         return *_gate_residual_norm_bwd(*ctx.saved_tensors, dz, dh), None
 
 
+def _check_rows(
+    op: str, x: Tensor, activations: dict[str, Tensor], modulation: dict[str, Tensor], name: str = "x"
+) -> None:
+    check_dimensions(op, name, x, 3, "(B, T, D)")
+    B, T, D = x.shape
+    tokens = {key: (tensor, (B, T, D)) for key, tensor in {name: x, **activations}.items()}
+    rows = {key: (tensor, (B, D)) for key, tensor in modulation.items()}
+    check(op, x.device, **tokens, **rows)
+
+
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
     """Return LayerNorm(x) (1 + scale) + shift, (B, T, D).  See `reference.modulated_norm`."""
+    _check_rows("modulated_norm", x, {}, {"shift": shift, "scale": scale})
     return _ModulatedNorm.apply(x, shift, scale, eps)
 
 
@@ -567,6 +578,8 @@ def modulated_norm_difference(
     x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float = 1e-6
 ) -> Tensor:
     """Return the difference of modulated_norm, (B, T, D).  See `reference.modulated_norm_difference`."""
+    modulation = {"scale": scale, "dshift": dshift, "dscale": dscale}
+    _check_rows("modulated_norm_difference", x, {"dx": dx}, modulation)
     return _modulated_norm_difference(x, dx, scale, dshift, dscale, eps)
 
 
@@ -574,6 +587,7 @@ def gate_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift, (B, T, D).  See `reference.gate_residual_norm`."""
+    _check_rows("gate_residual_norm", x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale})
     return _GateResidualNorm.apply(x, y, gate, shift, scale, eps)
 
 
@@ -590,4 +604,6 @@ def gate_residual_norm_difference(
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
     """Return the differences of z and h of gate_residual_norm.  See `reference.gate_residual_norm_difference`."""
+    modulation = {"gate": gate, "scale": scale, "dgate": dgate, "dshift": dshift, "dscale": dscale}
+    _check_rows("gate_residual_norm_difference", z, {"y": y, "dx": dx, "dy": dy}, modulation, name="z")
     return _gate_residual_norm_difference(y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 library = torch.library.Library("soflow", "DEF")
 
@@ -22,3 +23,33 @@ def register(
     torch.library.register_fake(f"soflow::{name}", fake, lib=library)
     op: Callable[..., Any] = getattr(torch.ops.soflow, name).default
     return op
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64,)
+
+
+def check(
+    op: str,
+    device: torch.device,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    /,
+    **arguments: tuple[Tensor, tuple[int, ...]],
+) -> None:
+    """Raise ValueError unless every argument, given as name=(tensor, shape), has that shape, `device` and a dtype.
+
+    On the CPU, where the reference computes, float64 passes as well. Any strides will do: launchers make rows dense.
+    """
+    for name, (tensor, shape) in arguments.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {shape}")
+        if tensor.dtype not in dtypes and not (device.type == "cpu" and tensor.dtype == torch.float64):
+            raise ValueError(f"{op}: {name}: got {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name}: got a tensor on {tensor.device}, expected {device}")
+
+
+def check_dimensions(op: str, name: str, tensor: Tensor, num: int, expected: str) -> None:
+    """Raise ValueError unless `tensor` has at least one and, for num > 0, exactly `num` dimensions."""
+    if tensor.dim() == 0 or (num and tensor.dim() != num):
+        raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {expected}")

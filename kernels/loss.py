@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import register
+from soflow.kernels.library import check, check_dimensions, register
 
 BLOCK_N = 2048
 BLOCK_B = 256
@@ -188,5 +188,18 @@ def solution_loss(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, a scalar, and the statistics of both parts, (2, 3).  See `reference.solution_loss`."""
+    op, device, B = "solution_loss", F_t.device, len(F_t)
+    check_dimensions(op, "F_t", F_t, 0, "(B, ...)")
+    if dF.dim() == 0 or len(dF) > B:
+        raise ValueError(f"{op}: dF: got shape {tuple(dF.shape)}, expected at most {B} rows")
+    shape = tuple(F_t.shape)
+    check(op, device, F_t=(F_t, shape), dF=(dF, (len(dF), *shape[1:])), x=(x, shape), v=(v, shape))
+    check(
+        op,
+        device,
+        residual_coefficients=(residual_coefficients, (B, 4)),
+        weight_scale=(weight_scale, (B,)),
+        gradient_factor=(gradient_factor, (B,)),
+    )
     rows = torch.cat((residual_coefficients, weight_scale[:, None], gradient_factor[:, None]), dim=1)
     return _SolutionLoss.apply(F_t, dF, x, v, rows, p, eps)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import register
+from soflow.kernels.library import INTEGERS, check, check_dimensions, register
 from soflow.kernels.math import cos_sin_turns
 from soflow.kernels.reference import NOISE_STREAM, POSTERIOR_STREAM
 
@@ -266,21 +266,35 @@ _look_ahead = register(
 )
 
 
+def _check_keys(op: str, seed: Tensor, step: Tensor, sample: Tensor) -> None:
+    check_dimensions(op, "sample", sample, 1, "(B,)")
+    for name, key in (("seed", seed), ("step", step)):
+        if key.shape not in ((), sample.shape):
+            raise ValueError(f"{op}: {name}: got shape {tuple(key.shape)}, expected () or {tuple(sample.shape)}")
+        check(op, sample.device, INTEGERS, **{name: (key, tuple(key.shape))})
+    check(op, sample.device, INTEGERS, sample=(sample, tuple(sample.shape)))
+
+
 def uniform(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num: int) -> Tensor:
     """Return uniform numbers in (0, 1), (B, num) fp32.  See `reference.uniform`."""
+    _check_keys("uniform", seed, step, sample)
     return _uniform(seed, step, stream, sample, num)
 
 
 def normal(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num: int) -> Tensor:
     """Return standard normal numbers, (B, num) fp32.  See `reference.normal`."""
+    _check_keys("normal", seed, step, sample)
     return _normal(seed, step, stream, sample, num)
 
 
 def draw(mean: Tensor, std: Tensor | None, seed: Tensor, step: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """Return data x_0 and noise x_1, (B, C, H, W) fp32.  See `reference.draw`."""
+    _check_keys("draw", seed, step, sample)
+    check("draw", sample.device, mean=(mean, (len(sample), *mean.shape[1:])))
     if std is None:
         num = mean[0].numel() if mean.numel() else 0
         return mean, _normal(seed, step, NOISE_STREAM, sample, num).view(mean.shape)
+    check("draw", mean.device, std=(std, tuple(mean.shape)))
     return _draw(mean, std, seed, step, sample)
 
 
@@ -288,6 +302,9 @@ def interpolate(
     x_0: Tensor, x_1: Tensor, alpha_t: Tensor, beta_t: Tensor, dalpha_t: Tensor, dbeta_t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x_t and v_t, (B, ...).  See `reference.interpolate`."""
+    op, B, shape = "interpolate", len(x_0), tuple(x_0.shape)
+    check(op, x_0.device, x_0=(x_0, shape), x_1=(x_1, shape), alpha_t=(alpha_t, (B,)), beta_t=(beta_t, (B,)))
+    check(op, x_0.device, dalpha_t=(dalpha_t, (B,)), dbeta_t=(dbeta_t, (B,)))
     return _interpolate(x_0, x_1, alpha_t, beta_t, dalpha_t, dbeta_t)
 
 
@@ -295,4 +312,12 @@ def look_ahead(
     v_t: Tensor, v_uncond: Tensor, v_cond: Tensor | None, guidance: Tensor, mix: Tensor, dt: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the guided velocity v, (B, ...), and the step dx of the consistency rows.  See `reference.look_ahead`."""
+    op, B, shape = "look_ahead", len(v_t), tuple(v_t.shape)
+    check_dimensions(op, "dt", dt, 1, "(M,)")
+    if len(dt) > B:
+        raise ValueError(f"{op}: dt: got {len(dt)} rows, expected at most {B}")
+    check(op, v_t.device, v_t=(v_t, shape), v_uncond=(v_uncond, shape), guidance=(guidance, (B,)), mix=(mix, (B,)))
+    check(op, v_t.device, dt=(dt, (len(dt),)))
+    if v_cond is not None:
+        check(op, v_t.device, v_cond=(v_cond, (len(dt), *shape[1:])))
     return _look_ahead(v_t, v_uncond, v_cond, guidance, mix, dt)

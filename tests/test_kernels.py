@@ -1,5 +1,6 @@
 """The fused kernels, run by Triton's interpreter on the CPU: forward and every gradient against float64."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -214,24 +215,73 @@ def test_compiles_as_one_graph(case):
         torch.testing.assert_close(a, b)
 
 
+BAD_ARGUMENTS = [
+    ("gelu", {"bias": torch.zeros(5)}, r"gelu: bias: got shape \(5,\), expected \(24,\)"),
+    ("gelu", {"x": torch.zeros(())}, r"gelu: x: got shape \(\), expected \(\.\.\., D\)"),
+    ("gelu_difference", {"dx": torch.zeros(2, 24)}, r"gelu_difference: dx: got shape \(2, 24\)"),
+    ("silu", {"x": torch.zeros(3, dtype=torch.int32)}, r"silu: x: got torch\.int32, expected torch\.float32 or"),
+    ("silu_difference", {"dx": torch.zeros(2, 3, 24, device="meta")}, "silu_difference: dx: got a tensor on meta"),
+    ("modulated_norm", {"x": torch.zeros(2, 24)}, r"modulated_norm: x: got shape \(2, 24\), expected \(B, T, D\)"),
+    (
+        "modulated_norm",
+        {"scale": torch.zeros(1, 24)},
+        r"modulated_norm: scale: got shape \(1, 24\), expected \(2, 24\)",
+    ),
+    ("modulated_norm_difference", {"dshift": torch.zeros(2, 3)}, "modulated_norm_difference: dshift: got shape"),
+    ("gate_residual_norm", {"y": torch.zeros(2, 4, 24)}, "gate_residual_norm: y: got shape"),
+    ("gate_residual_norm_difference", {"dgate": torch.zeros(24)}, "gate_residual_norm_difference: dgate: got shape"),
+    ("interpolate", {"beta_t": torch.zeros(1)}, r"interpolate: beta_t: got shape \(1,\), expected \(5,\)"),
+    ("look_ahead", {"dt": torch.zeros(9)}, "look_ahead: dt: got 9 rows, expected at most 5"),
+    (
+        "look_ahead",
+        {"v_cond": torch.zeros(3, 3, 7)},
+        r"look_ahead: v_cond: got shape \(3, 3, 7\), expected \(2, 3, 7\)",
+    ),
+    ("solution_loss", {"dF": torch.zeros(6, 3, 7)}, "solution_loss: dF: got shape .*expected at most 5 rows"),
+    ("solution_loss", {"residual_coefficients": torch.zeros(5, 3)}, "residual_coefficients: got shape"),
+]
+
+
+@pytest.mark.parametrize(("op", "change", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_named(op, change, message):
+    case = next(case for case in SMALL if case.op == op)
+    function = getattr(kernels, op)
+    names = list(inspect.signature(function).parameters)
+    arguments = dict(zip(names, [*case.inputs(torch.float32, "cpu"), *case.constants], strict=False))
+    with pytest.raises(ValueError, match=message):
+        function(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": torch.zeros(2, 2, dtype=torch.int64)}, r"normal: sample: got shape \(2, 2\), expected \(B,\)"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, r"normal: seed: got shape \(2,\), expected \(\) or \(3,\)"),
+        ({"step": torch.tensor(1.0)}, r"normal: step: got torch\.float32, expected torch\.int64"),
+    ],
+)
+def test_bad_keys_are_named(change, message):
+    keys = {"seed": torch.tensor(1), "step": torch.tensor(2), "sample": torch.arange(3)}
+    with pytest.raises(ValueError, match=message):
+        kernels.normal(**{**keys, **change}, stream=3, num=4)
+
+
 # --------------------------------------------------------------------------------------------------
 # Compiled for GPUs that are not here
 
 
-def test_every_kernel_compiles_without_spills(tmp_path):
+def test_every_kernel_compiles_without_spills():
     """For sm_80, sm_90 and sm_100, at every production shape. In a process of its own: this one interprets."""
-    file = tmp_path / "resources.json"
-    command = [sys.executable, "-m", "bench.resources", "--json", str(file)]
+    command = [sys.executable, "-m", "bench.resources", "--json"]
     result = subprocess.run(
         command, env=resources.compiling_environment(), capture_output=True, text=True, check=False, timeout=900
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads(result.stdout)
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    kernels_seen = {row["kernel"] for row in rows}
     defined = {
         name for module in resources.MODULES for name in vars(module) if name.endswith("_kernel") and name[0] == "_"
     }
-    assert kernels_seen == defined
+    assert {row["kernel"] for row in rows} == defined
     assert {name for row in rows for name in row["shape"].split(", ")} == {*resources.SHAPES, "latents 4x32x32"}
     assert all({"kernel", "shape", "arch", "registers", "shared", "spills"} <= row.keys() for row in rows)
