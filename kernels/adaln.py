@@ -23,6 +23,27 @@ def _load_row(ptr, offs, mask):
 
 
 @triton.jit
+def _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps):
+    """LayerNorm + modulate of one row, and its statistics for backward."""
+    mean = tl.sum(x, axis=0) / D
+    xc = tl.where(mask, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, axis=0) / D + eps)
+    tl.store(h_ptr + row * D + cols, xc * rstd * (1.0 + scale) + shift, mask=mask)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _norm_backward(x, mean, rstd, dh, factor, mask, D):
+    """The normed row, and the gradient that reaches it through LayerNorm + modulate; factor = 1 + scale."""
+    normed = tl.where(mask, (x - mean) * rstd, 0.0)
+    dnormed = dh * factor
+    mean_dnormed = tl.sum(dnormed, axis=0) / D
+    mean_product = tl.sum(dnormed * normed, axis=0) / D
+    return normed, rstd * (dnormed - mean_dnormed - normed * mean_product)
+
+
+@triton.jit
 def _modulated_norm_fwd_kernel(
     x_ptr, shift_ptr, scale_ptr, h_ptr, mean_ptr, rstd_ptr, stride_shift, stride_scale, T, D, eps, BLOCK_D: tl.constexpr
 ):
@@ -31,14 +52,9 @@ def _modulated_norm_fwd_kernel(
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     x = _load_row(x_ptr, row * D + cols, mask)
-    mean = tl.sum(x, axis=0) / D
-    xc = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, axis=0) / D + eps)
     scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
     shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
-    tl.store(h_ptr + row * D + cols, xc * rstd * (1.0 + scale) + shift, mask=mask)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps)
 
 
 @triton.jit
@@ -69,14 +85,9 @@ def _gate_residual_norm_fwd_kernel(
     # what backward will load: the norm of the stored value, not of the unrounded one
     z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
     tl.store(z_ptr + row * D + cols, z, mask=mask)
-    mean = tl.sum(z, axis=0) / D
-    zc = tl.where(mask, z - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(zc * zc, axis=0) / D + eps)
     scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
     shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
-    tl.store(h_ptr + row * D + cols, zc * rstd * (1.0 + scale) + shift, mask=mask)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    _store_modulated_norm(z, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps)
 
 
 @triton.jit
@@ -103,15 +114,12 @@ def _modulated_norm_bwd_kernel(
     dscale = tl.zeros((BLOCK_D,), tl.float32)
     for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
         row = sample * T + token
-        rstd = tl.load(rstd_ptr + row)
-        normed = tl.where(mask, (_load_row(x_ptr, row * D + cols, mask) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        x = _load_row(x_ptr, row * D + cols, mask)
         dh = _load_row(dh_ptr, row * D + cols, mask)
+        normed, dx = _norm_backward(x, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
         dshift += dh
         dscale += dh * normed
-        dnormed = dh * factor
-        mean_dnormed = tl.sum(dnormed, axis=0) / D
-        mean_product = tl.sum(dnormed * normed, axis=0) / D
-        tl.store(dx_ptr + row * D + cols, rstd * (dnormed - mean_dnormed - normed * mean_product), mask=mask)
+        tl.store(dx_ptr + row * D + cols, dx, mask=mask)
     base = partial_ptr + (sample * tl.num_programs(0) + slab) * 2 * D
     tl.store(base + cols, dshift, mask=mask)
     tl.store(base + D + cols, dscale, mask=mask)
@@ -148,15 +156,12 @@ def _gate_residual_norm_bwd_kernel(
     dscale = tl.zeros((BLOCK_D,), tl.float32)
     for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
         row = sample * T + token
-        rstd = tl.load(rstd_ptr + row)
-        normed = tl.where(mask, (_load_row(z_ptr, row * D + cols, mask) - tl.load(mean_ptr + row)) * rstd, 0.0)
+        z = _load_row(z_ptr, row * D + cols, mask)
         dh = _load_row(dh_ptr, row * D + cols, mask)
+        normed, dz = _norm_backward(z, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
         dshift += dh
         dscale += dh * normed
-        dnormed = dh * factor
-        mean_dnormed = tl.sum(dnormed, axis=0) / D
-        mean_product = tl.sum(dnormed * normed, axis=0) / D
-        dx = _load_row(dz_ptr, row * D + cols, mask) + rstd * (dnormed - mean_dnormed - normed * mean_product)
+        dx = _load_row(dz_ptr, row * D + cols, mask) + dz
         dgate += dx * _load_row(y_ptr, row * D + cols, mask)
         tl.store(dx_ptr + row * D + cols, dx, mask=mask)
         tl.store(dy_ptr + row * D + cols, dx * gate, mask=mask)
