@@ -19,13 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.resources import BATCH_SIZE, LATENT, NUM_CONSISTENCY, SHAPES
 from soflow import kernels
 from soflow.kernels import reference
 
-# tokens and width of the official networks, at batch 256 with 64 consistency rows
-SHAPES = {"DiT-B/4": (64, 768), "DiT-B/2": (256, 768), "DiT-L/2": (256, 1024), "DiT-XL/2": (256, 1152)}
-BATCH_SIZE, NUM_CONSISTENCY = 256, 64
-LATENT = (4, 32, 32)
 # a fused op is compared with the reference in bf16: this many units of rounding of its largest value
 ROUNDING_UNITS = 8
 
@@ -65,7 +62,7 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
-def network_workloads(shape: str, T: int, D: int) -> list[Workload]:
+def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Workload]:
     """Return the ops of one block in bf16."""
 
     def activations(B: int, width: int) -> Tensor:
@@ -78,6 +75,7 @@ def network_workloads(shape: str, T: int, D: int) -> list[Workload]:
     d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D), modulation(NUM_CONSISTENCY)
     small = 1e-3 * d
     elements, few, wide = x.numel(), d.numel(), activations(BATCH_SIZE, 4 * D)
+    qkv = activations(NUM_CONSISTENCY, 3 * D)
     wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device="cuda")
     return [
         Workload("modulated_norm", shape, (x, a, b), (0, 1, 2), 4 * elements, 6 * elements),
@@ -85,6 +83,7 @@ def network_workloads(shape: str, T: int, D: int) -> list[Workload]:
         Workload("modulated_norm_difference", shape, (d, small, da, db, dc), (), 6 * few, 0),
         Workload("gate_residual_norm_difference", shape, (d, da, d, db, small, small, da, db, dc), (), 12 * few, 0),
         Workload("gelu", shape, (wide, bias), (0, 1), 4 * wide.numel(), 6 * wide.numel()),
+        Workload("attention_difference", shape, (qkv, 1e-3 * qkv, num_heads), (), 14 * few, 0),
         Workload("gelu_difference", shape, (wide_d, 1e-3 * wide_d, bias), (), 6 * wide_d.numel(), 0),
     ]
 

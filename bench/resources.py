@@ -28,20 +28,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from soflow.kernels import activation, adaln, loss, point
+from soflow.kernels import activation, adaln, attention_pair, loss, point
 
-MODULES: tuple[ModuleType, ...] = (activation, adaln, loss, point)
+MODULES: tuple[ModuleType, ...] = (activation, adaln, attention_pair, loss, point)
 ARCHITECTURES = (80, 90, 100)
 # bytes a program may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; columns of tensor memory on sm_100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY_LIMIT = 512
 BATCH_SIZE, NUM_CONSISTENCY = 256, 64
-# tokens and width of the official networks
+# tokens, width and heads of the official networks
 SHAPES = {
-    "DiT-B/4": (64, 768),
-    "DiT-B/2": (256, 768),
-    "DiT-L/2": (256, 1024),
-    "DiT-XL/2": (256, 1152),
+    "DiT-B/4": (64, 768, 12),
+    "DiT-B/2": (256, 768, 12),
+    "DiT-L/2": (256, 1024, 16),
+    "DiT-XL/2": (256, 1152, 16),
 }
 LATENT = (4, 32, 32)
 POINTERS = {
@@ -125,8 +125,8 @@ def recorded_launches() -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def launch_network(T: int, D: int) -> None:
-    """Call every launcher that one block of a network of T tokens and width D needs, in bf16."""
+def launch_network(T: int, D: int, num_heads: int) -> None:
+    """Call every launcher that one block of a network of T tokens, width D and so many heads needs, in bf16."""
 
     def activations(B: int, width: int) -> Tensor:
         return torch.empty(B, T, width, device="meta", dtype=torch.bfloat16)
@@ -147,6 +147,8 @@ def launch_network(T: int, D: int) -> None:
     activation._launch_gelu_fwd(wide, bias)
     activation._launch_gelu_bwd(wide, bias, wide)
     activation._launch_gelu_difference(activations(NUM_CONSISTENCY, 4 * D), activations(NUM_CONSISTENCY, 4 * D), bias)
+    packed = activations(NUM_CONSISTENCY, 3 * D)
+    attention_pair._launch_attention_difference(packed, packed, num_heads)
     activation._launch_silu_fwd(a.contiguous())
     activation._launch_silu_bwd(a.contiguous(), a.contiguous())
     activation._launch_silu_difference(da.contiguous(), da.contiguous())
@@ -197,8 +199,8 @@ def _cuobjdump() -> str:
 def measure(only: str = "") -> list[Resources]:
     """Return a row for every kernel whose name contains `only`, distinct launch and architecture."""
     runs: dict[str, Callable[[], None]] = {
-        name: lambda T=T, D=D: launch_network(T, D)  # type: ignore[misc]
-        for name, (T, D) in SHAPES.items()
+        name: lambda shape=shape: launch_network(*shape)  # type: ignore[misc]
+        for name, shape in SHAPES.items()
     }
     runs["latents 4x32x32"] = launch_point
     shapes: dict[Launch, list[str]] = {}

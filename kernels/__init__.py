@@ -18,5 +18,6 @@ if find_spec("triton") is not None:
         modulated_norm,
         modulated_norm_difference,
     )
+    from soflow.kernels.attention_pair import attention_difference
     from soflow.kernels.loss import solution_loss
     from soflow.kernels.point import draw, interpolate, look_ahead, normal, uniform

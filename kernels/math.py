@@ -62,3 +62,10 @@ def cos_sin_turns(u):
     cos_sign = tl.where((quarter == 1.0) | (quarter == 2.0), -1.0, 1.0)
     sin_sign = tl.where(quarter >= 2.0, tl.where(quarter == 4.0, 1.0, -1.0), 1.0)
     return cos_sign * tl.where(turned, sin, cos), sin_sign * tl.where(turned, cos, sin)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, precise relative to itself also for small x."""
+    t = tanh(0.5 * x)
+    return tl.where(tl.abs(x) < 1.25, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)

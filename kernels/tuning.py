@@ -4,6 +4,8 @@ They follow from what compiles without spills on sm_80, sm_90 and sm_100 (`pytho
 on a GPU yet.
 """
 
+from typing import NamedTuple
+
 # Programs that keep every multiprocessor of the largest GPU busy in a backward whose grid is (slabs, batch).
 FULL_GRID = 256
 MAX_SLABS = 8
@@ -19,3 +21,16 @@ def norm_warps(D: int) -> int:
 def num_slabs(B: int, T: int) -> int:
     """Return into how many slabs the T tokens of a sample are cut: one for large batches, up to 8 for small ones."""
     return max(1, min(MAX_SLABS, FULL_GRID // max(B, 1), T))
+
+
+class AttentionLaunch(NamedTuple):
+    """Queries of a program, which are also the keys per turn; warps; turns whose loads are under way at once."""
+
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_launch(head_width: int) -> AttentionLaunch:
+    """Return the launch of the attention difference for heads that are padded to `head_width` numbers."""
+    return AttentionLaunch(64, 8, 2) if head_width <= 64 else AttentionLaunch(32, 8, 2)

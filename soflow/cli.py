@@ -113,8 +113,9 @@ def _train(args: argparse.Namespace) -> int:
         except DivergedError as error:
             print(f"error: {error}", file=sys.stderr)
             return FAILED
-        if not complete and processes.is_first:
-            print(f"stopped after step {trainer.finished}; the same command continues")
+        if processes.is_first:
+            end = "complete" if complete else "stopped, the same command continues it"
+            print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
     return DONE if complete else STOPPED
 
 

@@ -108,6 +108,11 @@ def activation_cases(*shape: int) -> list[Case]:
     ]
 
 
+def attention_cases(B: int, T: int, num_heads: int, head_dim: int) -> list[Case]:
+    qkv = randn(B, T, 3 * num_heads * head_dim)
+    return [Case("attention_difference", (B, T, num_heads, head_dim), flat(qkv, small(qkv)), (num_heads,))]
+
+
 def point_cases(B: int, M: int, *image: int) -> list[Case]:
     x, rows, shape = randn(B, *image), randn(B), (B, M, *image)
 
@@ -138,13 +143,18 @@ SMALL = [
     *activation_cases(1, 1),
     *activation_cases(131, 7),
     *activation_cases(5, 515),
+    *attention_cases(2, 3, 2, 4),
+    *attention_cases(1, 1, 1, 8),
+    *attention_cases(2, 16, 2, 16),
+    *attention_cases(1, 67, 1, 20),
+    *attention_cases(1, 130, 2, 72),
     *point_cases(5, 2, 3, 7),
     *point_cases(1, 1, 1),
     *point_cases(3, 3, 2, 5, 5),
     *point_cases(3, 0, 2, 5, 5),
     *point_cases(2, 1, 2053),
 ]
-EMPTY = [*norm_cases(0, 3, 8), *activation_cases(0, 8), *point_cases(0, 0, 2, 2)]
+EMPTY = [*norm_cases(0, 3, 8), *attention_cases(0, 3, 2, 4), *activation_cases(0, 8), *point_cases(0, 0, 2, 2)]
 
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:

@@ -153,11 +153,12 @@ def op_arguments(name: str) -> tuple:
         **dict.fromkeys(("F_t", "v", "v_t", "v_uncond", "x_0", "x_1"), (B, T, D)),
         **dict.fromkeys(("dF", "v_cond"), (M, T, D)),
         **dict.fromkeys(("alpha_t", "beta_t", "dalpha_t", "dbeta_t", "guidance", "mix"), (B,)),
+        **dict.fromkeys(("qkv", "dqkv"), (B, T, 3 * D)),
         "bias": (D,),
         "dt": (M,),
         "rows": (B, 6),
     }
-    numbers = {"eps": 1e-6, "p": 0.75, "stream": 3, "num": 6}
+    numbers = {"eps": 1e-6, "p": 0.75, "stream": 3, "num": 6, "num_heads": 2}
     if name == "draw":
         shapes |= {"mean": (B, T, D), "std": (B, T, D)}
     arguments = []
@@ -172,6 +173,7 @@ def op_arguments(name: str) -> tuple:
 
 
 OPS = (
+    "attention_difference",
     "draw",
     "gate_residual_norm_bwd",
     "gate_residual_norm_difference",
@@ -230,6 +232,8 @@ BAD_ARGUMENTS = [
     ("modulated_norm_difference", {"dshift": torch.zeros(2, 3)}, "modulated_norm_difference: dshift: got shape"),
     ("gate_residual_norm", {"y": torch.zeros(2, 4, 24)}, "gate_residual_norm: y: got shape"),
     ("gate_residual_norm_difference", {"dgate": torch.zeros(24)}, "gate_residual_norm_difference: dgate: got shape"),
+    ("attention_difference", {"num_heads": 5}, "num_heads: got 5, expected a divisor of 24 / 3"),
+    ("attention_difference", {"qkv": torch.zeros(2, 24)}, r"qkv: got shape \(2, 24\), expected \(B, T, 3 H d\)"),
     ("interpolate", {"beta_t": torch.zeros(1)}, r"interpolate: beta_t: got shape \(1,\), expected \(5,\)"),
     ("look_ahead", {"dt": torch.zeros(9)}, "look_ahead: dt: got 9 rows, expected at most 5"),
     (

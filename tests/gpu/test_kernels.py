@@ -10,6 +10,7 @@ from kernel_cases import (
     Case,
     activation_cases,
     assert_as_precise,
+    attention_cases,
     check_step,
     norm_cases,
     parametrize,
@@ -25,6 +26,10 @@ PRODUCTION = [
     *norm_cases(4, 256, 1024),
     *norm_cases(4, 256, 1152),
     *activation_cases(4, 64, 3072),
+    *attention_cases(4, 64, 12, 64),
+    *attention_cases(2, 256, 4, 64),
+    *attention_cases(2, 256, 4, 72),
+    *attention_cases(1, 1000, 2, 128),
     *point_cases(16, 4, 4, 32, 32),
 ]
 

@@ -1,0 +1,140 @@
+"""The finite difference of attention: nothing of size T x T leaves the kernel.
+
+qkv, dqkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), without permutes.  do: (B, T, H d).  The products take
+their inputs in the dtype of qkv and sum in fp32; scores, softmax and their differences are fp32.
+
+A program owns a block of queries of one head and walks the keys twice: for the row maximum, the normaliser and
+z = sum(P u), then for dP = P (u - z) / (1 + z) and do = dP (v + dv) + P dv, with u = expm1(dS) and
+dS = dq k^T + (q + dq) dk^T. Attention itself is PyTorch's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from soflow.kernels import reference
+from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.math import expm1
+from soflow.kernels.tuning import attention_launch
+
+
+@triton.jit
+def _load_block(ptr, base, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
+    mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
+    return tl.load(ptr + base + tokens[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _sum(a, b):
+    """a + b, rounded once to the dtype that a product takes."""
+    return (a.to(tl.float32) + b.to(tl.float32)).to(a.dtype)
+
+
+@triton.jit
+def _scores(q, dq, q_moved, k, dk, keys, T, scale):
+    """S and dS of one block of queries and keys; keys beyond T get S = -inf."""
+    S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    S = tl.where(keys[None, :] < T, S, float("-inf"))
+    dS = tl.dot(dq, tl.trans(k), input_precision="ieee") + tl.dot(q_moved, tl.trans(dk), input_precision="ieee")
+    return S, dS * scale
+
+
+@triton.jit
+def _attention_difference_kernel(
+    qkv_ptr,
+    dqkv_ptr,
+    do_ptr,
+    T,
+    H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base_q = sample * T * 3 * width + head * HEAD_DIM
+    base_k = base_q + width
+    base_v = base_k + width
+
+    q = _load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    dq = _load_block(dqkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    q_moved = _sum(q, dq)
+    row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    normaliser = tl.zeros((BLOCK_T,), tl.float32)
+    z = tl.zeros((BLOCK_T,), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        keys = first + tl.arange(0, BLOCK_T)
+        k = _load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        dk = _load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
+        new_max = tl.maximum(row_max, tl.max(S, axis=1))
+        shrink = tl.exp(row_max - new_max)
+        P = tl.exp(S - new_max[:, None])
+        normaliser = normaliser * shrink + tl.sum(P, axis=1)
+        z = z * shrink + tl.sum(P * expm1(dS), axis=1)
+        row_max = new_max
+    z = z / normaliser
+
+    do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        keys = first + tl.arange(0, BLOCK_T)
+        k = _load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        dk = _load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
+        P = tl.exp(S - row_max[:, None]) / normaliser[:, None]
+        dP = P * (expm1(dS) - z[:, None]) / (1.0 + z[:, None])
+        v = _load_block(qkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
+        dv = _load_block(dqkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
+        do += tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
+        do += tl.dot(P.to(v.dtype), dv, input_precision="ieee")
+    offs = (sample * T + queries[:, None]) * width + head * HEAD_DIM + cols[None, :]
+    tl.store(do_ptr + offs, do, mask=(queries[:, None] < T) & (cols[None, :] < HEAD_DIM))
+
+
+def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
+    qkv, dqkv = qkv.contiguous(), dqkv.to(qkv.dtype).contiguous()
+    B, T, width = qkv.shape
+    head_dim = width // (3 * num_heads)
+    do = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
+    if do.numel():
+        block_d = max(16, triton.next_power_of_2(head_dim))
+        launch = attention_launch(block_d)
+        _attention_difference_kernel[(triton.cdiv(T, launch.block_t), B * num_heads)](
+            qkv,
+            dqkv,
+            do,
+            T,
+            num_heads,
+            head_dim**-0.5,
+            HEAD_DIM=head_dim,
+            BLOCK_D=block_d,
+            BLOCK_T=launch.block_t,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return do
+
+
+_attention_difference = register(
+    "attention_difference(Tensor qkv, Tensor dqkv, int num_heads) -> Tensor",
+    _launch_attention_difference,
+    reference.attention_difference,
+    lambda qkv, dqkv, num_heads: qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3)),
+)
+
+
+def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
+    """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).  See `reference.attention_difference`."""
+    check_dimensions("attention_difference", "qkv", qkv, 3, "(B, T, 3 H d)")
+    if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"attention_difference: num_heads: got {num_heads}, expected a divisor of {qkv.shape[2]} / 3, "
+            "a third of the last dimension of qkv"
+        )
+    shape = tuple(qkv.shape)
+    check("attention_difference", qkv.device, qkv=(qkv, shape), dqkv=(dqkv, shape))
+    return _attention_difference(qkv, dqkv, num_heads)
