@@ -66,6 +66,7 @@ class Trainer:
         self.processes = processes
         self.source = open_source(config.data)
         require_matching_data(config, self.source)
+        require_rows_for_all(config.train.batch_size, processes.world_size)
         configure_torch(config.engine)
 
         self.ops = choose_ops(config.engine.ops, processes.device)
@@ -389,3 +390,9 @@ def require_matching_data(config: Config, source: Source) -> None:
         raise RunError(
             f"train.batch_size: got {config.train.batch_size}, expected at most {len(source)}, the size of the data set"
         )
+
+
+def require_rows_for_all(batch_size: int, world_size: int) -> None:
+    """Raise RunError unless every process gets a row of the global batch."""
+    if batch_size < world_size:
+        raise RunError(f"train.batch_size: got {batch_size}, expected at least {world_size}, the number of processes")

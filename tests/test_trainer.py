@@ -181,6 +181,11 @@ def test_network_that_does_not_fit_the_data_is_refused(tmp_path, override, messa
     assert not (tmp_path / "tiny").exists()
 
 
+def test_every_process_needs_a_row(tmp_path):
+    with pytest.raises(RunError, match=r"train\.batch_size: got 12, expected at least 13"):
+        Trainer(tiny.config(tmp_path), Processes(0, 13, torch.device("cpu")))
+
+
 def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
     trainer = Trainer(tiny.config(tmp_path), ALONE)
     with torch.no_grad():
