@@ -20,7 +20,16 @@ SETTINGS = ("train.total_steps=20", "train.batch_size=24", "train.log_every=1", 
 
 
 def torchrun(num: int, *args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num}", "train.py"]
+    # The address: torchrun hangs where the machine cannot resolve its own name.
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={num}",
+        "train.py",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
