@@ -33,4 +33,4 @@ class AttentionLaunch(NamedTuple):
 
 def attention_launch(head_width: int) -> AttentionLaunch:
     """Return the launch of the attention difference for heads that are padded to `head_width` numbers."""
-    return AttentionLaunch(64, 8, 2) if head_width <= 64 else AttentionLaunch(32, 8, 2)
+    return AttentionLaunch(64, 8, 1) if head_width <= 64 else AttentionLaunch(32, 8, 2)
