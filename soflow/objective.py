@@ -134,6 +134,11 @@ class Objective:
         if self.lookahead == "difference":
             dt = batch.l[nv:] - t[nv:]
             return flow.network.forward_difference(x_t, dx, t, dt, s, labels, batch.augment_labels)
+        if flow.network.training and flow.network.dropout > 0:
+            raise ValueError(
+                f"lookahead: got 'two_pass' with dropout {flow.network.dropout}, expected 'difference': "
+                "two evaluations would draw two masks, where the slope needs the same"
+            )
         F_t = flow.network(x_t, t, s, labels, batch.augment_labels)
         with torch.no_grad():
             if nv == len(batch):

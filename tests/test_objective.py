@@ -153,3 +153,11 @@ def test_consistency_gradient_is_half_that_of_the_weighted_square():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Objective(**arguments)
+
+
+def test_two_evaluations_with_dropout_are_refused():
+    flow, batch = make_flow(), make_batch()
+    flow.network.dropout = 0.3
+    with pytest.raises(ValueError, match=r"lookahead: got 'two_pass' with dropout 0\.3"):
+        Objective(lookahead="two_pass")(flow, batch)
+    Objective(lookahead="two_pass")(flow.eval(), batch)

@@ -15,6 +15,7 @@ class Network(nn.Module, abc.ABC):
     input_size: int
     in_channels: int
     num_classes: int
+    dropout: float = 0.0  # share of activations that a call in training mode drops
 
     @abc.abstractmethod
     def forward(

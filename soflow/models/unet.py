@@ -181,6 +181,7 @@ class UNet(Network):
         self.in_channels = in_channels
         self.num_classes = 0
         self.augment_dim = augment_dim
+        self.dropout = dropout
         self.time_size = time_size
         self.ops = PairOps(reference if ops is None else ops)
 
