@@ -1,0 +1,64 @@
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import gpu_gate, kernels
+from bench.gpu_gate import Stage
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """A machine whose GPU has a name; the stages are the tests' own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU 1")
+    monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "Test GPU 1", "commit": "0" * 40})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("module", [gpu_gate, kernels])
+def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module.__name__])
+    assert module.main() == 2
+    assert "got no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("statuses", "code"), [(("passed", "skipped"), 0), (("passed", "failed", "passed"), 1)])
+def test_a_failed_stage_decides_the_exit_code(statuses, code, pretended_gpu, monkeypatch, tmp_path, capsys):
+    stages = {
+        f"stage{i}": lambda i=i, status=status: Stage(f"stage{i}", status, f"detail {i}", figures={"x": i})
+        for i, status in enumerate(statuses)
+    }
+    monkeypatch.setattr(gpu_gate, "STAGES", stages)
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_gate", "--results", str(tmp_path / "results")])
+    assert gpu_gate.main() == code
+    (file,) = (tmp_path / "results").iterdir()
+    assert file.name.startswith("gpu-gate-test-gpu-1-")
+    result = json.loads(file.read_text(encoding="utf-8"))
+    assert result["commit"] == "0" * 40
+    assert [stage["status"] for stage in result["stages"]] == list(statuses)
+    assert [stage["figures"]["x"] for stage in result["stages"]] == list(range(len(statuses)))
+    table = capsys.readouterr().out
+    assert all(f"detail {i}" in table for i in range(len(statuses)))
+
+
+def test_a_command_is_cut_off_at_its_limit():
+    code, output = gpu_gate.run([sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"], limit_s=3)
+    assert code == 124
+    assert "begun" in output
+
+
+def test_a_command_keeps_its_exit_code_and_output():
+    code, output = gpu_gate.run([sys.executable, "-c", "import sys; print('x', file=sys.stderr); sys.exit(3)"], 20)
+    assert (code, output) == (3, "x\n")
+    assert gpu_gate.last_line("a\n b \n\n") == "b"
+
+
+def test_training_stage_compares_fused_with_reference(monkeypatch, tmp_path):
+    """The very stage, but for its device and length: on the CPU both ops are the reference."""
+    overrides = ("engine.device=cpu", "train.total_steps=2", "train.log_every=1", "train.sample_every=0")
+    monkeypatch.setattr(gpu_gate, "TRAINING_OVERRIDES", overrides)
+    stage = gpu_gate.training()
+    assert stage.status == "passed", stage.detail
+    assert stage.figures.keys() == {"fused", "reference"}
