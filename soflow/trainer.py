@@ -18,11 +18,12 @@ from soflow.config import Config, EngineConfig
 from soflow.data import Source, batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
+from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.objective import Batch, Objective, ObjectiveOutput
-from soflow.optim import Ema, build_optimizer, gradient_norm
+from soflow.optim import build_optimizer
 from soflow.run_folder import (
     RunError,
     build_flow,
@@ -71,9 +72,8 @@ class Trainer:
         self.ops = choose_ops(config.engine.ops, processes.device)
         self.flow = initial_flow(config, self.ops).to(processes.device)
         network = self.flow.network
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config.optim, network.parameters())
         self.ema = Ema(config.ema, network)
+        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema])
         self.objective = build_objective(config, self.ops)
         self.share = share_batch(
             config.train.batch_size, config.objective.fm_ratio, processes.rank, processes.world_size
@@ -150,12 +150,8 @@ class Trainer:
         out: ObjectiveOutput = self.step_module(batch)
         # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
         (out.loss * self.loss_scale).backward()
-        norm = gradient_norm(self.parameters)
-        if self.config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
         self.optimizer.step()
-        self.ema.update(self.finished)
-        self._accumulate(out, norm)
+        self._accumulate(out, self.optimizer.grad_norm)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
@@ -240,7 +236,7 @@ class Trainer:
         self.flow.network.load_state_dict(state.model)
         self.ema.network.load_state_dict(state.ema)
         self.optimizer.load_state_dict(state.optimizer)
-        self.finished = state.step
+        self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
         self.interval_steps = interval["steps"]
         # The sums are those of all processes: the first one carries them on.

@@ -29,6 +29,7 @@ LAYERS = {
         "data",
         "distributed",
         "doctor",
+        "ema",
         "images",
         "log",
         "metrics",

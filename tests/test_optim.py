@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from soflow.config import EmaConfig, OptimConfig
-from soflow.optim import Ema, build_optimizer, gradient_norm
+from soflow.ema import Ema
+from soflow.optim import build_optimizer, gradient_norm
 
 
 def network() -> nn.Linear:
