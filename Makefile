@@ -48,7 +48,7 @@ $(VENV)/torch: FORCE
 		echo "$$settings" > $@; \
 	fi
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py requirements/dev.lock requirements/triton.lock
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*) requirements/dev.lock requirements/triton.lock
 	@echo 'Installing requirements/dev.lock and soflow'
 	@$(PIP) --require-hashes -r requirements/dev.lock
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --require-hashes -r requirements/triton.lock
@@ -84,5 +84,5 @@ docker:
 	$(DOCKER) build --target runtime --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) --tag soflow $(DOCKER_ARGS) .
 
 clean:
-	rm -rf $(VENV) .venv-lock build dist soflow.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lock build dist soflow.egg-info _soflow_C.*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Build of the package; its metadata is in pyproject.toml.
 
-SOFLOW_BUILD_CUDA decides on the CUDA extension _soflow_C: `auto` (the default) builds it where nvcc is found, `1` always,
-`0` never. nvcc is that of CUDA_HOME, of the PATH, or of /usr/local/cuda, in this order.
+SOFLOW_BUILD_CUDA decides on the CUDA extension _soflow_C: `auto` (the default) builds it where nvcc is found, `1`
+always, `0` never. nvcc is that of CUDA_HOME, of the PATH, or of /usr/local/cuda, in this order.
 """
 
 import os

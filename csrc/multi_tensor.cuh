@@ -98,7 +98,7 @@ __device__ void move(const Moving& average, int64_t i, Pack<float, W> value, con
 __device__ inline double block_sum(double value, double* shared) {
   __syncthreads();
   shared[threadIdx.x] = value;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) shared[threadIdx.x] += shared[threadIdx.x + half];
   }

@@ -84,11 +84,18 @@ def requirement(params: Sequence[Tensor]) -> str | None:
 class MultiTensorUpdate:
     """The tables of one model, and the launch of its update.
 
-    steps (fp32, one per slot): updates done so far, moved on by every launch. counters (int64, as COUNTERS): kept by the
-    caller, so that they outlive the tables. ValueError for tensors that the kernels cannot take.
+    steps (fp32, one per slot): updates done so far, moved on by every launch. counters (int64, as COUNTERS): kept by
+    the caller, so that they outlive the tables. ValueError for tensors that the kernels cannot take.
     """
 
-    def __init__(self, slots: Sequence[Slot], steps: Tensor, counters: Tensor, profiles: Sequence[ProfileRow]) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        num_groups: int,
+        steps: Tensor,
+        counters: Tensor,
+        profiles: Sequence[ProfileRow],
+    ) -> None:
         self._extension = load_extension()
         self._device = counters.device
         self._slots = list(slots)
@@ -107,7 +114,7 @@ class MultiTensorUpdate:
         self._chunks = self._chunk_table()
         self._profiles = self._table(profiles, torch.float64)
         self._gradients = torch.zeros(len(slots), dtype=torch.int64, device=self._device)
-        self._groups = torch.zeros(max((s.group for s in slots), default=0) + 1, 6, dtype=torch.float64).to(self._device)
+        self._groups = torch.zeros(num_groups, len(GroupRow._fields), dtype=torch.float64, device=self._device)
         self._policy = torch.tensor([float("inf"), 0.0], dtype=torch.float64, device=self._device)
         self._partials = torch.zeros(len(self._chunks), dtype=torch.float64, device=self._device)
         self.norms = torch.zeros(2, dtype=torch.float32, device=self._device)
@@ -174,6 +181,7 @@ class MultiTensorUpdate:
 
     def _write(self, table: Tensor, words: tuple[int, ...], what: str | None) -> None:
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        assert len(words) == table.numel()
         # a captured graph writes the addresses again whenever it is replayed: what lies there is not known any more
         self._is_captured |= capturing and what is None
         if self._written.get(id(table)) == words and not (self._is_captured and what is None):

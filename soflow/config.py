@@ -138,7 +138,9 @@ class OptimConfig:
     eps: Annotated[float, "added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, "weight decay, as torch.optim's optimizer of that name defines it"] = 0.0
     clip_norm: Annotated[float | None, "largest gradient norm; null does not clip"] = None
-    skip_nonfinite: Annotated[bool, "leave weights, moments and averages alone where the gradient is not finite"] = False
+    nonfinite: Annotated[
+        Literal["step", "skip"], "skip: a step whose gradient is not finite changes no weight, moment or average"
+    ] = "step"
     backend: Annotated[
         Literal["auto", "fused", "reference", "apex"],
         "fused: the CUDA extension; reference: PyTorch; auto: fused on a GPU where it is built, else reference",

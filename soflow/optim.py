@@ -1,5 +1,6 @@
-"""AdamW and RAdam with everything that belongs to a step: norm, clipping, guard, averages of the weights, bf16 shadows."""
+"""AdamW and RAdam with all that belongs to a step: norm, clipping, guard, averages of the weights, bf16 shadows."""
 
+import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -38,7 +39,7 @@ def build_optimizer(
         eps=config.eps,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
-        skip_nonfinite=config.skip_nonfinite,
+        skip_nonfinite=config.nonfinite == "skip",
         averages=averages,
         backend=config.backend,
     )
@@ -203,7 +204,9 @@ class Optimizer(torch.optim.Optimizer):
     def _require_known(self, tensors: Iterable[Tensor], what: str) -> None:
         known = {id(param) for param in self.parameters()}
         if any(id(tensor) not in known for tensor in tensors):
-            raise ValueError(f"{what}: got a weight that is no parameter of this optimizer, expected only its parameters")
+            raise ValueError(
+                f"{what}: got a weight that is no parameter of this optimizer, expected only its parameters"
+            )
 
 
 class _Backend(Protocol):
@@ -225,7 +228,8 @@ def _choose(backend: str, optimizer: Optimizer) -> tuple[str, _Backend]:
         backend = "fused" if params and obstacle is None and is_built() else "reference"
     if backend == "fused" and obstacle is not None:
         raise ValueError(f"optim.backend: got 'fused', expected 'auto' or 'reference', because {obstacle}")
-    return backend, {"fused": _Fused, "reference": _Reference, "apex": _Apex}[backend](optimizer)
+    backends: dict[str, Callable[[Optimizer], _Backend]] = {"fused": _Fused, "reference": _Reference, "apex": _Apex}
+    return backend, backends[backend](optimizer)
 
 
 class _Reference:
@@ -250,7 +254,8 @@ class _Reference:
 
     def step(self) -> None:
         optimizer = self._optimizer
-        groups = [(group, optimizer.active(group)) for group in optimizer.param_groups]
+        # of the weights' type first: scaling must not round a bf16 gradient again
+        groups = [(group, [(p, g.to(p.dtype)) for p, g in optimizer.active(group)]) for group in optimizer.param_groups]
         gradients = [gradient for _, pairs in groups for _, gradient in pairs]
         self.grad_norm = _norm(gradients)
         step = self._counters[FINISHED]
@@ -278,7 +283,7 @@ class _Reference:
             beta1, beta2 = group["betas"]
             update(
                 [param for param, _ in pairs],
-                [gradient.to(param.dtype) for param, gradient in pairs],
+                [gradient for _, gradient in pairs],
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 [state["step"].item() for state in states],
@@ -301,9 +306,10 @@ class _Apex(_Reference):
         finding = doctor.run_check("NVIDIA apex", doctor.check_apex)
         if finding.status != "works":
             raise ValueError(f"optim.backend: got 'apex', which is {finding.status} here: {finding.detail}")
-        from apex.optimizers import FusedAdam
-
-        self._fused_adam = FusedAdam([{"params": group["params"]} for group in optimizer.param_groups], adam_w_mode=True)
+        fused_adam = importlib.import_module("apex.optimizers").FusedAdam
+        self._fused_adam = fused_adam(
+            [{"params": group["params"]} for group in optimizer.param_groups], adam_w_mode=True
+        )
 
     def _move(self, groups: list[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]) -> None:
         optimizer, theirs = self._optimizer, self._fused_adam
@@ -355,12 +361,11 @@ class _Fused:
         for group in optimizer.param_groups:
             optimizer.active(group)
         tables = self._current_tables()
-        rows = [
-            GroupRow(
-                float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"], float(optimizer.name == "radam")
-            )
-            for group in optimizer.param_groups
-        ]
+        radam = float(optimizer.name == "radam")
+        rows = []
+        for group in optimizer.param_groups:
+            beta1, beta2 = group["betas"]
+            rows.append(GroupRow(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], radam))
         tables.set_groups(rows)
         tables.set_policy(optimizer.clip_norm, optimizer.skip_nonfinite)
 
@@ -411,11 +416,11 @@ class _Fused:
                     group_of[id(param)],
                 )
             )
-        profiles = [
-            ProfileRow(ema.decay, ema.every, -1.0 if ema.gamma is None else ema.gamma, float(ema.dtype == torch.float64))
-            for ema in optimizer.averages
-        ]
-        return MultiTensorUpdate(slots, steps, self._counters, profiles)
+        profiles = []
+        for ema in optimizer.averages:
+            gamma = -1.0 if ema.gamma is None else ema.gamma
+            profiles.append(ProfileRow(ema.decay, ema.every, gamma, float(ema.dtype == torch.float64)))
+        return MultiTensorUpdate(slots, len(optimizer.param_groups), steps, self._counters, profiles)
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

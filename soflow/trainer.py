@@ -45,6 +45,7 @@ SUMMED = (
     "loss/consistency_mse",
     "loss/consistency_weight",
     "grad_norm",
+    "skipped_steps",
 )
 GRID_COLUMNS = 10
 
@@ -167,23 +168,35 @@ class Trainer:
             out.consistency_mse,
             out.consistency_weight,
             norm,
+            torch.zeros_like(norm),
         )
-        self.interval_sums += torch.stack(values).double() * self.interval_weights
+        row = torch.stack(values).double()
+        if self.config.optim.nonfinite == "skip":
+            skipped = torch.zeros_like(row)
+            skipped[-1] = 1.0
+            row = torch.where(torch.isfinite(norm), row, skipped)
+        self.interval_sums += row * self.interval_weights
         self.interval_steps += 1
 
     def _interval_weights(self) -> Tensor:
-        """This process's share of each summed mean: of all rows, the velocity rows, the consistency rows, the norm."""
+        """This process's share of each summed mean: of all rows, velocity rows, consistency rows, the norm, skips."""
         batch_size, share = self.config.train.batch_size, self.share
         num_velocity = int(self.config.objective.fm_ratio * batch_size)
         rows = len(share) / batch_size
         velocity = share.num_velocity / max(num_velocity, 1)
         consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, 1.0 / self.processes.world_size)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, *(1.0 / self.processes.world_size,) * 2)
         return torch.tensor(weights, dtype=torch.float64, device=self.processes.device)
 
     def _interval_means(self) -> dict[str, float]:
         sums = self.processes.sum(self.interval_sums).tolist()
-        means = {name: total / self.interval_steps for name, total in zip(SUMMED, sums, strict=True)}
+        *totals, skipped = sums
+        if skipped >= self.interval_steps:
+            raise DivergedError(
+                f"step {self.finished}: no gradient of the last {self.interval_steps} steps was finite; "
+                "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
+            )
+        means = {name: total / (self.interval_steps - skipped) for name, total in zip(SUMMED, totals, strict=False)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
         if bad:
             raise DivergedError(
@@ -192,6 +205,8 @@ class Trainer:
             )
         self.interval_sums.zero_()
         self.interval_steps = 0
+        if self.config.optim.nonfinite == "skip":
+            means["skipped_steps"] = skipped
         return means | {"gap_ratio": self._gap_ratio(self.finished - 1)}
 
     def _gap_ratio(self, step: int) -> float:

@@ -51,6 +51,7 @@ void launch(const soflow::Tables& tables, const std::function<void()>& kernel) {
 
 extern "C" {
 
+extern const int64_t kSizes[];
 const int64_t kSizes[] = {soflow::kChunk, soflow::kMaxAverages};
 
 void norm(const soflow::Tables* tables) {
