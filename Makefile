@@ -72,6 +72,7 @@ lock: $(UV)
 	$(COMPILE) pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gpu -c requirements/runtime.lock -o requirements/gpu.lock
 	$(COMPILE) pyproject.toml --extra dev -c requirements/runtime.lock -o requirements/dev.lock
+	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) requirements/triton.in -o requirements/triton.lock
 
 $(UV): Makefile
