@@ -29,7 +29,7 @@ COMPILE = env -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_IN
 help:
 	@echo 'make test    lint and all tests'
 	@echo 'make demo    train on handwritten digits and judge the samples: runs/digits/'
-	@echo 'make lint    ruff, mypy, hadolint'
+	@echo 'make lint    ruff, clang-format, mypy, hadolint'
 	@echo 'make venv    the environment of all of these, .venv (PYTHON=$(PYTHON), TORCH=$(TORCH))'
 	@echo 'make lock    requirements/*.lock from pyproject.toml (LOCK_ARGS=--upgrade for newer versions)'
 	@echo 'make docker  the images: the tests run in one, the other is soflow (DOCKER=$(DOCKER), DOCKER_ARGS)'
@@ -61,6 +61,7 @@ test: lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/*.cpp
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 

@@ -1,11 +1,10 @@
 // Launchers of the kernels.
-#include "multi_tensor.h"
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "multi_tensor.cuh"
+#include "multi_tensor.h"
 
 namespace soflow {
 namespace {

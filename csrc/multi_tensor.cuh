@@ -1,8 +1,8 @@
 // The kernels: one block per chunk of a tensor, whatever the number and size of tensors.
 //
 // Everything they read and write lies in device memory, so that a captured graph may be replayed on other values. The
-// last block to finish, by a ticket, sums the partial norms in the order of the chunks and does the bookkeeping; nothing
-// else is atomic, so that the same input gives the same bits.
+// last block to finish, by a ticket, sums the partial norms in the order of the chunks and does the bookkeeping;
+// nothing else is atomic, so that the same input gives the same bits.
 #pragma once
 
 #include "element.h"
@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(Tables t, bool norm_kn
     __syncthreads();
     uint64_t addresses = reinterpret_cast<uint64_t>(work.record.param);
     if (tagged != 0)
-      addresses |= reinterpret_cast<uint64_t>(work.record.exp_avg) | reinterpret_cast<uint64_t>(work.record.exp_avg_sq) |
+      addresses |= reinterpret_cast<uint64_t>(work.record.exp_avg) |
+                   reinterpret_cast<uint64_t>(work.record.exp_avg_sq) |
                    reinterpret_cast<uint64_t>(work.record.shadow) << 1;
     for (int a = 0; a < work.num_moving; ++a) addresses |= reinterpret_cast<uint64_t>(work.moving[a].data);
     const int64_t begin = static_cast<int64_t>(chunk.index) * kChunk;
