@@ -5,12 +5,17 @@ import ctypes
 import multi_tensor_cases as cases
 import multi_tensor_host
 import pytest
+import test_golden
+import test_trainer
+import tiny
 import torch
 from multi_tensor_host import extension
 
+from soflow import optim
 from soflow.kernels import multi_tensor
 from soflow.kernels.multi_tensor import GroupRow
 from soflow.optim import Optimizer
+from soflow.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(multi_tensor_host.COMPILER is None, reason="needs g++")
 
@@ -26,6 +31,7 @@ def host(library, monkeypatch):
     host = extension(library)
     monkeypatch.setattr(multi_tensor, "load_extension", lambda: host)
     monkeypatch.setattr(multi_tensor, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(optim, "is_built", lambda: True)
     return host
 
 
@@ -53,6 +59,24 @@ def test_bitwise_repeatable(host):
 
 def test_norm_is_exact(host):
     cases.check_norm_is_exact("cpu")
+
+
+def test_golden_trajectory(host):
+    """The official run's final weights, losses and norms of every step."""
+    test_golden.test_trajectory("difference")
+    assert host.calls.count("update") == 5
+
+
+def test_training_resumes_to_the_bit(host, tmp_path):
+    settings = ("optim.backend=fused", "optim.clip_norm=1", "ema.every=3", "ema.dtype=float64", "train.total_steps=6")
+    whole = test_trainer.train(tiny.config(tmp_path / "whole", *settings))
+    config = tiny.config(tmp_path / "parts", *settings)
+    test_trainer.train(config, until=4)
+    resumed = Trainer(config, test_trainer.ALONE)
+    assert resumed.optimizer.finished == 4
+    assert resumed.fit()
+    assert resumed.optimizer.backend == "fused"
+    test_trainer.assert_same_state(resumed, whole)
 
 
 def test_nonfinite_step_is_skipped(host):
