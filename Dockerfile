@@ -24,10 +24,13 @@ RUN python3 -m venv --system-site-packages --without-pip "${VIRTUAL_ENV}"
 WORKDIR /build
 COPY requirements/ requirements/
 RUN python -m pip install --require-hashes -r "requirements/${LOCK}.lock"
-COPY LICENSE README.md pyproject.toml setup.py ./
+COPY LICENSE MANIFEST.in README.md pyproject.toml setup.py ./
+COPY csrc/ csrc/
 COPY kernels/ kernels/
 COPY soflow/ soflow/
-RUN python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist . \
+# What builds the CUDA extension, where the base has nvcc, stays out of the environment.
+RUN python -m pip install --require-hashes --target tools -r requirements/build.lock \
+    && PYTHONPATH=tools python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist . \
     && python -m pip install --no-index --no-deps dist/*.whl
 
 FROM build AS test

@@ -29,7 +29,7 @@ COMPILE = env -u UV_INDEX_URL -u UV_DEFAULT_INDEX -u UV_EXTRA_INDEX_URL -u UV_IN
 help:
 	@echo 'make test    lint and all tests'
 	@echo 'make demo    train on handwritten digits and judge the samples: runs/digits/'
-	@echo 'make lint    ruff, mypy, hadolint'
+	@echo 'make lint    ruff, clang-format, mypy, hadolint'
 	@echo 'make venv    the environment of all of these, .venv (PYTHON=$(PYTHON), TORCH=$(TORCH))'
 	@echo 'make lock    requirements/*.lock from pyproject.toml (LOCK_ARGS=--upgrade for newer versions)'
 	@echo 'make docker  the images: the tests run in one, the other is soflow (DOCKER=$(DOCKER), DOCKER_ARGS)'
@@ -48,7 +48,7 @@ $(VENV)/torch: FORCE
 		echo "$$settings" > $@; \
 	fi
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py requirements/dev.lock requirements/triton.lock
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*) requirements/dev.lock requirements/triton.lock
 	@echo 'Installing requirements/dev.lock and soflow'
 	@$(PIP) --require-hashes -r requirements/dev.lock
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) --require-hashes -r requirements/triton.lock
@@ -61,6 +61,7 @@ test: lint
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/* tests/*.cpp
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
@@ -72,6 +73,7 @@ lock: $(UV)
 	$(COMPILE) pyproject.toml -o requirements/runtime.lock
 	$(COMPILE) pyproject.toml --extra gpu -c requirements/runtime.lock -o requirements/gpu.lock
 	$(COMPILE) pyproject.toml --extra dev -c requirements/runtime.lock -o requirements/dev.lock
+	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) requirements/triton.in -o requirements/triton.lock
 
 $(UV): Makefile
@@ -84,5 +86,5 @@ docker:
 	$(DOCKER) build --target runtime --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) --tag soflow $(DOCKER_ARGS) .
 
 clean:
-	rm -rf $(VENV) .venv-lock build dist soflow.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lock build dist soflow.egg-info _soflow_C.*.so .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,9 +5,11 @@
 Needs the repository, a GPU, and a Python with torch and triton; what else a stage wants and does not find is said in
 its line, and the stage counts as skipped. Stages, each in a process of its own with a limit of its own:
 
+    extension   the CUDA extension, built in place where nvcc, pybind11 and ninja are found
     tests       tests/gpu under pytest
     sanitizer   compute-sanitizer (memcheck) on the smallest cases of the tests
     kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
+    optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
     training    the digits for a few hundred steps on the GPU: fused ops against the reference ops, losses and time
 
 Prints a short table last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when
@@ -38,7 +40,10 @@ TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_
 # the two trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
 TRAINING_TOLERANCE = 0.05
 # enough of the tests to run every kernel once, small enough for a tool that slows it a hundredfold
-SANITIZED = "as_precise_as_eager and (2x3x24 or 5x2x3x7) and float32 or (random_numbers and normal)"
+SANITIZED = (
+    "as_precise_as_eager and (2x3x24 or 5x2x3x7) and float32 or (random_numbers and normal)"
+    " or follows_moved or many_tensors"
+)
 
 
 @dataclass
@@ -70,6 +75,21 @@ def last_line(output: str) -> str:
     return lines[-1] if lines else "no output"
 
 
+def extension() -> Stage:
+    """The CUDA extension, built in place unless it can be imported."""
+    if find_spec("_soflow_C") is not None:
+        return Stage("extension", "passed", "installed")
+    missing = [name for name in ("setuptools", "pybind11", "ninja") if find_spec(name) is None]
+    if missing or (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
+        return Stage("extension", "skipped", f"not installed: {', '.join(missing) or 'nvcc'}")
+    code, output = run(
+        ["env", "SOFLOW_BUILD_CUDA=1", sys.executable, "setup.py", "build_ext", "--inplace"], limit_s=120
+    )
+    if code != 0:
+        print(output[-4000:], flush=True)
+    return Stage("extension", "passed" if code == 0 else "failed", last_line(output))
+
+
 def tests() -> Stage:
     """tests/gpu under pytest."""
     if find_spec("pytest") is None:
@@ -86,7 +106,8 @@ def sanitizer() -> Stage:
         return Stage("sanitizer", "skipped", "compute-sanitizer or pytest is not installed")
     # the caching allocator would hide accesses beyond a tensor inside its blocks
     command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
-    selection = ["-m", "pytest", "-q", "-x", "tests/gpu/test_kernels.py", "-k", SANITIZED]
+    files = ["tests/gpu/test_kernels.py", "tests/gpu/test_multi_tensor.py"]
+    selection = ["-m", "pytest", "-q", "-x", *files, "-k", SANITIZED]
     code, output = run([*command, sys.executable, *selection], limit_s=150)
     if code != 0:
         print(output[-4000:], flush=True)
@@ -106,6 +127,25 @@ def kernels() -> Stage:
     ratios = [row["compiled_ms"] / row["fused_ms"] for row in figures["rows"]]
     slower = sum(ratio < 1 for ratio in ratios)
     return Stage("kernels", "passed", f"{len(ratios)} rows, {slower} slower than torch.compile", figures=figures)
+
+
+def optimizer() -> Stage:
+    """The update of every model against PyTorch's, the official loop and apex."""
+    if find_spec("_soflow_C") is None:
+        return Stage("optimizer", "skipped", "the CUDA extension is not built")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "optimizer.json"
+        code, output = run([sys.executable, "-m", "bench.optimizer", "--json", str(file)], limit_s=120)
+        print(output, flush=True)
+        if code != 0:
+            return Stage("optimizer", "failed", last_line(output))
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    models = {row["model"] for row in figures["rows"]}
+    ms = {(row["model"], row["way"]): row["ms"] for row in figures["rows"]}
+    of_copy = [row["of_copy"] for row in figures["rows"] if row["way"] == "fused"]
+    ahead = min(ms[model, "torch"] / ms[model, "fused"] for model in models)
+    detail = f"{len(models)} models, at least {min(of_copy):.0%} of copy bandwidth and {ahead:.2f} times torch's fused"
+    return Stage("optimizer", "passed", detail, figures=figures)
 
 
 def training() -> Stage:
@@ -130,9 +170,11 @@ def training() -> Stage:
 
 
 STAGES: dict[str, Callable[[], Stage]] = {
+    "extension": extension,
     "tests": tests,
     "sanitizer": sanitizer,
     "kernels": kernels,
+    "optimizer": optimizer,
     "training": training,
 }
 

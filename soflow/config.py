@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+# the relative width of a power-function profile of exponent 0, a plain mean
+MAX_SIGMA_REL = 12**-0.5
 NULL_LABEL_NEEDS_CLASSES = "at least 1 class, because guidance compares a class with the null label"
 
 
@@ -136,6 +138,13 @@ class OptimConfig:
     eps: Annotated[float, "added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, "weight decay, as torch.optim's optimizer of that name defines it"] = 0.0
     clip_norm: Annotated[float | None, "largest gradient norm; null does not clip"] = None
+    nonfinite: Annotated[
+        Literal["step", "skip"], "skip: a step whose gradient is not finite changes no weight, moment or average"
+    ] = "step"
+    backend: Annotated[
+        Literal["auto", "fused", "reference", "apex"],
+        "fused: the CUDA extension; reference: PyTorch; auto: fused on a GPU where it is built, else reference",
+    ] = "auto"
 
     def __post_init__(self) -> None:
         require("optim", "lr", self.lr, 0 < self.lr < math.inf, "a number above 0")
@@ -144,6 +153,8 @@ class OptimConfig:
         require("optim", "weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
         if self.clip_norm is not None:
             require("optim", "clip_norm", self.clip_norm, 0 < self.clip_norm < math.inf, "a number above 0, or null")
+        if self.backend == "apex":
+            require("optim", "name", self.name, self.name == "adamw", "adamw, which alone the backend apex has")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +166,16 @@ class EmaConfig:
     dtype: Annotated[Literal["float32", "float64"], "precision of the update; the average is kept in float32"] = (
         "float32"
     )
+    sigma_rel: Annotated[float | None, "width of a power-function profile, over the training time; replaces decay"] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         require("ema", "decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
         require("ema", "every", self.every, self.every >= 1, "an integer of at least 1")
+        if self.sigma_rel is not None:
+            valid = 0 < self.sigma_rel <= MAX_SIGMA_REL
+            require("ema", "sigma_rel", self.sigma_rel, valid, f"above 0 and at most {MAX_SIGMA_REL:.4f}, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,12 @@ from soflow.config import Config, EngineConfig
 from soflow.data import Source, batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
+from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.objective import Batch, Objective, ObjectiveOutput
-from soflow.optim import Ema, build_optimizer, gradient_norm
+from soflow.optim import build_optimizer
 from soflow.run_folder import (
     RunError,
     build_flow,
@@ -44,6 +45,7 @@ SUMMED = (
     "loss/consistency_mse",
     "loss/consistency_weight",
     "grad_norm",
+    "skipped_steps",
 )
 GRID_COLUMNS = 10
 
@@ -72,9 +74,8 @@ class Trainer:
         self.ops = choose_ops(config.engine.ops, processes.device)
         self.flow = initial_flow(config, self.ops).to(processes.device)
         network = self.flow.network
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(config.optim, network.parameters())
         self.ema = Ema(config.ema, network)
+        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema])
         self.objective = build_objective(config, self.ops)
         self.share = share_batch(
             config.train.batch_size, config.objective.fm_ratio, processes.rank, processes.world_size
@@ -151,12 +152,8 @@ class Trainer:
         out: ObjectiveOutput = self.step_module(batch)
         # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
         (out.loss * self.loss_scale).backward()
-        norm = gradient_norm(self.parameters)
-        if self.config.optim.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.optim.clip_norm, norm)
         self.optimizer.step()
-        self.ema.update(self.finished)
-        self._accumulate(out, norm)
+        self._accumulate(out, self.optimizer.grad_norm)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
@@ -172,23 +169,35 @@ class Trainer:
             out.consistency_mse,
             out.consistency_weight,
             norm,
+            torch.zeros_like(norm),
         )
-        self.interval_sums += torch.stack(values).double() * self.interval_weights
+        row = torch.stack(values).double()
+        if self.config.optim.nonfinite == "skip":
+            skipped = torch.zeros_like(row)
+            skipped[-1] = 1.0
+            row = torch.where(torch.isfinite(norm), row, skipped)
+        self.interval_sums += row * self.interval_weights
         self.interval_steps += 1
 
     def _interval_weights(self) -> Tensor:
-        """This process's share of each summed mean: of all rows, the velocity rows, the consistency rows, the norm."""
+        """This process's share of each summed mean: of all rows, velocity rows, consistency rows, the norm, skips."""
         batch_size, share = self.config.train.batch_size, self.share
         num_velocity = int(self.config.objective.fm_ratio * batch_size)
         rows = len(share) / batch_size
         velocity = share.num_velocity / max(num_velocity, 1)
         consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, 1.0 / self.processes.world_size)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, *(1.0 / self.processes.world_size,) * 2)
         return torch.tensor(weights, dtype=torch.float64, device=self.processes.device)
 
     def _interval_means(self) -> dict[str, float]:
         sums = self.processes.sum(self.interval_sums).tolist()
-        means = {name: total / self.interval_steps for name, total in zip(SUMMED, sums, strict=True)}
+        *totals, skipped = sums
+        if skipped >= self.interval_steps:
+            raise DivergedError(
+                f"step {self.finished}: no gradient of the last {self.interval_steps} steps was finite; "
+                "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
+            )
+        means = {name: total / (self.interval_steps - skipped) for name, total in zip(SUMMED, totals, strict=False)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
         if bad:
             raise DivergedError(
@@ -197,6 +206,8 @@ class Trainer:
             )
         self.interval_sums.zero_()
         self.interval_steps = 0
+        if self.config.optim.nonfinite == "skip":
+            means["skipped_steps"] = skipped
         return means | {"gap_ratio": self._gap_ratio(self.finished - 1)}
 
     def _gap_ratio(self, step: int) -> float:
@@ -241,7 +252,7 @@ class Trainer:
         self.flow.network.load_state_dict(state.model)
         self.ema.network.load_state_dict(state.ema)
         self.optimizer.load_state_dict(state.optimizer)
-        self.finished = state.step
+        self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
         self.interval_steps = interval["steps"]
         # The sums are those of all processes: the first one carries them on.

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """A folder in front of sys.path; what is imported from it is forgotten afterwards."""
+    monkeypatch.delitem(sys.modules, "_soflow_C", raising=False)
     before = set(sys.modules)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path

@@ -8,9 +8,10 @@ from torch import Tensor
 from bench.slope import set_product_dtype
 from soflow import Batch, Objective, SolutionFlow, gap_ratio, middle_time, sample
 from soflow.config import EmaConfig, OptimConfig
+from soflow.ema import Ema
 from soflow.guidance import cfg_decay
 from soflow.models import DIT_PRESETS, build_network
-from soflow.optim import Ema, build_optimizer, gradient_norm
+from soflow.optim import build_optimizer, gradient_norm
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients
 
 LOOKAHEADS = ("difference", "two_pass")

@@ -1,5 +1,6 @@
 """What an installation gets: the wheel by either route, the locks, the image."""
 
+import importlib.machinery
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import soflow
+from bench.extension import find_nvcc
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,10 +37,11 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-def build_wheel(source: Path, folder: Path) -> Path:
+def build_wheel(source: Path, folder: Path, cuda: str = "0") -> Path:
     """Build as `pip install` does, but with this environment's setuptools and without a network."""
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", folder, source, cwd=folder, SOURCE_DATE_EPOCH="1700000000")
+    settings = {"SOURCE_DATE_EPOCH": "1700000000", "SOFLOW_BUILD_CUDA": cuda}
+    run(*pip, "--wheel-dir", folder, source, cwd=folder, **settings)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -47,9 +50,9 @@ def build_wheel(source: Path, folder: Path) -> Path:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what the package is built from: a build leaves files behind."""
     tree = tmp_path_factory.mktemp("tree")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    for name in ("soflow", "kernels"):
+    for name in ("soflow", "kernels", "csrc"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return tree
 
@@ -72,10 +75,53 @@ def test_wheel_holds_every_module_once(wheel: Path):
 
 
 def test_sdist_gives_the_same_wheel_to_the_bit(tree: Path, wheel: Path, tmp_path: Path):
-    name = run(sys.executable, "-c", BUILD_SDIST, tmp_path, cwd=tree).splitlines()[-1]
+    name = run(sys.executable, "-c", BUILD_SDIST, tmp_path, cwd=tree, SOFLOW_BUILD_CUDA="0").splitlines()[-1]
     folder = tmp_path / "wheel"
     folder.mkdir()
     assert build_wheel(tmp_path / name, folder).read_bytes() == wheel.read_bytes()
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
+def test_wheel_with_the_extension(tree: Path, tmp_path: Path):
+    """From the sdist, which must hold csrc: the module lies beside the package and imports without a GPU."""
+    name = run(sys.executable, "-c", BUILD_SDIST, tmp_path, cwd=tree, SOFLOW_BUILD_CUDA="0").splitlines()[-1]
+    folder = tmp_path / "wheel"
+    folder.mkdir()
+    wheel = build_wheel(tmp_path / name, folder, cuda="1")
+    assert not wheel.name.endswith("-none-any.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}" in files
+    assert not [file for file in files if file.startswith("csrc")]
+    site = tmp_path / "site"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--target",
+        site,
+        wheel,
+        cwd=tmp_path,
+    )
+    code = "import _soflow_C; print(_soflow_C.__file__, _soflow_C.__version__)"
+    found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
+    assert found == [str(site / f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"), soflow.__version__]
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"), [("1", "expected nvcc in CUDA_HOME"), ("yes", "got 'yes', expected auto, 1 or 0")]
+)
+def test_extension_that_cannot_be_built_is_an_error(tree: Path, tmp_path: Path, choice: str, message: str):
+    if choice == "1" and Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is found whatever the PATH")
+    environment = os.environ | {"SOFLOW_BUILD_CUDA": choice, "PATH": str(tmp_path), "CUDA_HOME": ""}
+    command = (sys.executable, "setup.py", "--version")
+    result = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
 
 
 def test_wheel_works_away_from_the_source(wheel: Path, tmp_path: Path):
@@ -111,7 +157,7 @@ def versions(lock: str, python: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("lock", [*LOCKS, "triton"])
+@pytest.mark.parametrize("lock", [*LOCKS, "build", "triton"])
 def test_locks_hash_public_files_only(lock: str):
     entries = list(locked(lock))
     assert entries
@@ -156,7 +202,7 @@ def test_image_keeps_the_base_and_installs_by_hash():
     assert 'PIP_CONSTRAINT=""' in next(value for instruction, value in structure if instruction == "ENV")
     commands = [part for instruction, value in structure if instruction == "RUN" for part in value.split("&&")]
     installs = [command for command in commands if "pip install" in command]
-    assert len(installs) == 4
+    assert len(installs) == 5
     for command in installs:
         assert "--require-hashes" in command or "--no-index" in command
         assert "torch" not in command

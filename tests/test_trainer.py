@@ -195,6 +195,22 @@ def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
     assert checkpoint.newest(trainer.folder.checkpoints) is None
 
 
+def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
+    """Weights, averages and the means of the log are those of the other steps; a run of nothing else stops."""
+    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=skip", "train.total_steps=9"), ALONE)
+    bias = trainer.flow.network.final_layer.linear.bias
+    hook = bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished in (1, 6, 7, 8) else 1.0))
+    with pytest.raises(DivergedError, match="step 9: no gradient of the last 3 steps was finite"):
+        trainer.fit()
+    hook.remove()
+    lines = metrics(trainer)
+    assert [line["skipped_steps"] for line in lines] == [1, 0]
+    assert lines[0]["loss/total"] == pytest.approx(lines[1]["loss/total"], rel=0.5)
+    assert trainer.optimizer.skipped == 4
+    for network in (trainer.flow.network, trainer.ema.network):
+        assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_stops(tmp_path, signum):
     config = tiny.config(tmp_path / "parts", "train.total_steps=2000", "train.log_every=1000")
@@ -210,7 +226,7 @@ def test_signal_saves_and_stops(tmp_path, signum):
 def test_gradient_clipping_bounds_the_step(tmp_path):
     trainer = Trainer(tiny.config(tmp_path, "optim.clip_norm=1e-3"), ALONE)
     trainer._train_step()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.flow.network.parameters() if p.requires_grad])
     assert norm <= 1e-3 * (1 + 1e-5)
 
 

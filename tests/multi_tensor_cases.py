@@ -1,0 +1,203 @@
+"""What the fused update must do on any device: on a GPU, and with the kernels compiled for the host."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from soflow.config import EmaConfig
+from soflow.ema import Ema
+from soflow.optim import Optimizer
+
+# none, one, a tail, one chunk less and more than full, odd dimensions, several chunks
+SHAPES = ((0,), (1,), (3, 5, 7), (0, 4), (8191,), (8192,), (8193,), (129, 130), ())
+GROUPS = (
+    {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1},
+    {"lr": 1e-2, "betas": (0.4, 0.999), "eps": 1e-6, "weight_decay": 0.0},
+)
+AVERAGES = (
+    EmaConfig(decay=0.9),
+    EmaConfig(decay=0.99, every=3, dtype="float64"),
+    EmaConfig(sigma_rel=0.1),
+)
+
+
+class Model(nn.Module):
+    """Parameters of all SHAPES, the last one frozen."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], device: str, misaligned: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        for index, shape in enumerate((*shapes, (4,))):
+            value = torch.randn(shape, generator=generator)
+            if misaligned:
+                value = torch.cat((torch.zeros(1), value.flatten())).to(device)[1:].view(shape)
+            self.register_parameter(f"w{index}", nn.Parameter(value.to(device)))
+        self.get_parameter(f"w{len(shapes)}").requires_grad_(False)
+
+
+class Setup:
+    """A model with its averages, its shadows where asked for, and its optimizer."""
+
+    def __init__(
+        self,
+        backend: str,
+        device: str,
+        name: str = "adamw",
+        shapes: Sequence[tuple[int, ...]] = SHAPES,
+        averages: Sequence[EmaConfig] = AVERAGES,
+        shadows: str = "",
+        misaligned: bool = False,
+        **settings: object,
+    ) -> None:
+        self.model = Model(shapes, device, misaligned)
+        self.params = list(self.model.parameters())
+        self.averages = [Ema(config, self.model) for config in averages]
+        self.shadows = {}
+        if shadows:
+            trained = [p for p in self.params if p.requires_grad]
+            self.shadows = {p: p.detach().bfloat16().requires_grad_(shadows == "gradients") for p in trained}
+        halves = self.params[::2], self.params[1::2]
+        groups = [{"params": half, **group} for half, group in zip(halves, GROUPS, strict=True)]
+        self.optimizer = Optimizer(
+            groups, name=name, averages=self.averages, shadows=self.shadows, backend=backend, **settings
+        )
+
+    def set_gradients(self, step: int, scale: float = 1.0) -> None:
+        """The same at the same step whatever the device; every parameter lacks one now and then."""
+        generator = torch.Generator().manual_seed(step)
+        for index, param in enumerate(self.params):
+            gradient = torch.randn(param.shape, generator=generator) * scale * 10.0 ** (index % 3 - 1)
+            owner = self.shadows.get(param)
+            owner = param if owner is None or not owner.requires_grad else owner
+            missing = not param.requires_grad or (index + step) % 5 == 4 or (index == 2 and step < 3)
+            owner.grad = None if missing else gradient.to(param.device, owner.dtype)
+
+    def run(self, steps: range) -> list[float]:
+        """Make these steps; return the gradient norm of each."""
+        norms = []
+        for step in steps:
+            self.set_gradients(step)
+            self.optimizer.step()
+            norms.append(self.optimizer.grad_norm.item())
+        return norms
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a step changes."""
+        found = {f"w{i}": p.detach() for i, p in enumerate(self.params)}
+        for i, entry in self.optimizer.state_dict()["state"].items():
+            found |= {f"{key}{i}": value for key, value in entry.items()}
+        for a, ema in enumerate(self.averages):
+            found |= {f"average{a} of w{i}": p for i, p in enumerate(ema.network.parameters())}
+        return found | {f"shadow{i}": s.detach() for i, s in enumerate(self.shadows.values())}
+
+
+def assert_near(ours: Setup, theirs: Setup, tolerance: float = 1e-6) -> None:
+    """Each tensor within `tolerance` of the other's in the square norm; steps equal; shadows of our weights."""
+    found, expected = ours.tensors(), theirs.tensors()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        a, b = found[name].double().cpu(), tensor.double().cpu()
+        if name.startswith("step"):
+            assert a == b, name
+        elif not name.startswith("shadow"):
+            # a first moment may cancel to nothing: its size is that of the gradients it is a mean of
+            moment = name.startswith("exp_avg") and not name.startswith("exp_avg_sq")
+            size = expected[name.replace("exp_avg", "exp_avg_sq")].double().cpu().sqrt() if moment else b
+            assert torch.linalg.vector_norm(a - b) <= tolerance * torch.linalg.vector_norm(size), name
+    for param, shadow in ours.shadows.items():
+        assert torch.equal(shadow.detach(), param.detach().bfloat16())
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Every bit equal."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def check_equals_reference(device: str, steps: int, **settings: object) -> None:
+    ours, theirs = Setup("fused", device, **settings), Setup("reference", device, **settings)
+    norms, expected = ours.run(range(steps)), theirs.run(range(steps))
+    assert ours.optimizer.backend == "fused"
+    assert_near(ours, theirs)
+    torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
+    assert ours.optimizer.finished == steps
+
+
+def check_bitwise_repeatable(device: str, steps: int) -> None:
+    runs = [Setup("fused", device, clip_norm=1.0) for _ in range(2)]
+    norms = [run.run(range(steps)) for run in runs]
+    assert norms[0] == norms[1]
+    assert_same(runs[0].tensors(), runs[1].tensors())
+
+
+def check_norm_is_exact(device: str) -> None:
+    """To the rounding of its float32, also where squares leave float32."""
+    for scale in (1.0, 1e-25, 1e25):
+        setup = Setup("fused", device)
+        setup.set_gradients(0, scale)
+        exact = torch.cat([p.grad.double().flatten() for p in setup.params if p.grad is not None]).norm().item()
+        setup.optimizer.step()
+        torch.testing.assert_close(setup.optimizer.grad_norm.item(), exact, rtol=1.2e-7, atol=0)
+
+
+def check_nonfinite_step_is_skipped(device: str) -> None:
+    """One bad element, in the tail of a tensor: nothing changes but the averages' clock; the next step is as ever."""
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        ours, theirs = (Setup(b, device, skip_nonfinite=True, shadows="copies") for b in ("fused", "reference"))
+        for setup in (ours, theirs):
+            setup.run(range(2))
+            before = {name: tensor.clone() for name, tensor in setup.tensors().items()}
+            setup.set_gradients(2)
+            setup.params[6].grad[-1] = bad
+            setup.optimizer.step()
+            assert_same(setup.tensors(), before)
+            assert (setup.optimizer.finished, setup.optimizer.skipped) == (3, 1)
+            assert not torch.isfinite(setup.optimizer.grad_norm)
+            setup.run(range(3, 5))
+            assert setup.optimizer.skipped == 1
+        assert_near(ours, theirs)
+
+
+def check_state_moves_between_backends(device: str, steps: int) -> None:
+    """fused, then reference, then fused, each from the other's state_dict: as the reference all the way."""
+    ours, theirs = Setup("fused", device), Setup("reference", device)
+    ours.run(range(steps))
+    other = Setup("reference", device)
+    for source, target, first in ((ours, other, steps), (other, ours, 2 * steps)):
+        target.model.load_state_dict(source.model.state_dict())
+        for a, b in zip(source.averages, target.averages, strict=True):
+            b.network.load_state_dict(a.network.state_dict())
+        target.optimizer.load_state_dict(source.optimizer.state_dict())
+        target.optimizer.finished = source.optimizer.finished
+        target.run(range(first, first + steps))
+    theirs.run(range(3 * steps))
+    assert_near(ours, theirs)
+
+
+def check_follows_moved_tensors_and_new_rates(device: str) -> None:
+    """A weight, its gradient or an average in other memory, or another rate, is noticed at the next step."""
+    ours, theirs = Setup("fused", device), Setup("reference", device)
+    kept = []
+    for setup in (ours, theirs):
+        setup.run(range(2))
+        with torch.no_grad():
+            for param in (*setup.params, *setup.averages[0].network.parameters()):
+                kept.append(param.data)
+                param.data = param.data.clone()
+        setup.optimizer.param_groups[0]["lr"] = 1e-4
+        setup.run(range(2, 4))
+    assert_near(ours, theirs)
+
+
+def check_many_tensors(device: str) -> None:
+    """More addresses than one launch writes, and a gradient whose memory is not dense."""
+    shapes = [(1 + i % 7,) if i % 6 == 0 else (0,) for i in range(1100)]
+    ours, theirs = (Setup(b, device, shapes=shapes, averages=AVERAGES[:1]) for b in ("fused", "reference"))
+    for setup in (ours, theirs):
+        setup.set_gradients(0)
+        setup.params[0].grad = torch.ones(1, device=device).expand(1)
+        setup.params[6].grad = torch.arange(2.0 * len(setup.params[6]), device=device)[::2]
+        setup.optimizer.step()
+    assert_near(ours, theirs)
