@@ -28,7 +28,7 @@ train: {total_steps: 10, batch_size: 4}
 """
 
 OFFICIAL = """
-working_dir: ./work/first
+working_dir: ./experiments/first
 noising_type: Linear
 coefficient_type: Euler
 model_type: DiT-XL-2
@@ -363,7 +363,7 @@ def test_imagenet_recipes_equal_the_official_configuration(name, network, patch)
 def test_official_keys_are_translated():
     notices: list[str] = []
     config = parse_config(OFFICIAL, "official.yaml", ["train.batch_size=32"], notices.append)
-    assert (config.name, config.output_dir, config.seed) == ("first", "work", 42)
+    assert (config.name, config.output_dir, config.seed) == ("first", "experiments", 42)
     assert config.network == NetworkConfig(name="DiT-XL/2", input_size=32, in_channels=4, num_classes=1000)
     assert (config.data.source, config.data.root) == ("latents", "./imagenet_latent")
     assert config.times == TimesConfig(
@@ -426,7 +426,7 @@ def test_official_choices(key, values):
         ("seed: 42", "", "seed: missing"),
         ("betas:", "beta:", "beta: unknown key of an official configuration; the nearest known one is 'betas'"),
         ("batch_size: 256", "batch_size: big", "train.batch_size: got 'big', expected an integer"),
-        ("./work/first", ".", "name: got ''"),
+        ("./experiments/first", ".", "name: got ''"),
     ],
 )
 def test_official_files_this_engine_cannot_follow_are_refused(old, new, problem):
