@@ -9,7 +9,6 @@ more shared or tensor memory than a program may have.
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -230,11 +229,6 @@ def failures(rows: list[Resources]) -> list[str]:
             if value > allowed:
                 lines.append(f"{row.kernel}, {row.shape}, {row.arch}: {name} {value}, expected at most {allowed}")
     return lines
-
-
-def compiling_environment() -> dict[str, str]:
-    """Return the environment of a process that compiles kernels, where this one may interpret them."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def main() -> int:

@@ -45,11 +45,6 @@ def build_optimizer(
     )
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the L2 norm over all gradients, a scalar summed in float64; no host synchronisation."""
-    return _norm([p.grad for p in parameters if p.grad is not None])
-
-
 class Optimizer(torch.optim.Optimizer):
     """One step: g = clipped gradient; AdamW or RAdam as torch.optim defines it; averages; bf16 shadows of the weights.
 
@@ -424,6 +419,7 @@ class _Fused:
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm over all gradients, a scalar summed in float64; no host synchronisation."""
     if not gradients:
         return torch.zeros(())
     norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float64)

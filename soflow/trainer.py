@@ -190,14 +190,13 @@ class Trainer:
         return torch.tensor(weights, dtype=torch.float64, device=self.processes.device)
 
     def _interval_means(self) -> dict[str, float]:
-        sums = self.processes.sum(self.interval_sums).tolist()
-        *totals, skipped = sums
+        *totals, skipped = self.processes.sum(self.interval_sums).tolist()
         if skipped >= self.interval_steps:
             raise DivergedError(
                 f"step {self.finished}: no gradient of the last {self.interval_steps} steps was finite; "
                 "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
             )
-        means = {name: total / (self.interval_steps - skipped) for name, total in zip(SUMMED, totals, strict=False)}
+        means = {name: total / (self.interval_steps - skipped) for name, total in zip(SUMMED[:-1], totals, strict=True)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
         if bad:
             raise DivergedError(
