@@ -126,7 +126,8 @@ def _summary(config: "Config", resume: Path | None) -> str:
     from soflow.data import open_source
     from soflow.distributed import resolve_device
     from soflow.run_folder import build_flow, choose_ops, find_run
-    from soflow.trainer import build_objective, require_matching_data
+    from soflow.step import build_objective
+    from soflow.trainer import require_matching_data
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)

@@ -1,4 +1,4 @@
-"""The training loop: draw, guide, look ahead, joint call, loss, update; and the life of a run around it."""
+"""The life of a run: what it is built of, its loop over steps, logs, samples, checkpoints, and stopping early."""
 
 import math
 import signal
@@ -10,19 +10,15 @@ from types import FrameType, ModuleType
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from soflow import checkpoint
 from soflow.config import Config, EngineConfig
 from soflow.data import Source, batch_indices, open_source
 from soflow.distributed import Processes
-from soflow.draw import sample_batch, share_batch
 from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
-from soflow.objective import Batch, Objective, ObjectiveOutput
 from soflow.optim import build_optimizer
 from soflow.run_folder import (
     RunError,
@@ -33,20 +29,8 @@ from soflow.run_folder import (
     require_own_checkpoint,
 )
 from soflow.sampling import sample, sample_noise
-from soflow.times import gap_ratio
+from soflow.step import SUMMED, TrainingStep, gap_ratio_at
 
-# What is summed over an interval, in the order of the device tensor that holds the sums.
-SUMMED = (
-    "loss/total",
-    "loss/velocity",
-    "loss/velocity_mse",
-    "loss/velocity_weight",
-    "loss/consistency",
-    "loss/consistency_mse",
-    "loss/consistency_weight",
-    "grad_norm",
-    "skipped_steps",
-)
 GRID_COLUMNS = 10
 
 T = TypeVar("T")
@@ -76,20 +60,9 @@ class Trainer:
         network = self.flow.network
         self.ema = Ema(config.ema, network)
         self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema])
-        self.objective = build_objective(config, self.ops)
-        self.share = share_batch(
-            config.train.batch_size, config.objective.fm_ratio, processes.rank, processes.world_size
-        )
-        self.positions = torch.tensor(self.share.positions, device=processes.device)
-        self.step_module: nn.Module = _Step(self.flow, self.objective)
-        if processes.world_size > 1:
-            self.step_module = DistributedDataParallel(self.step_module, gradient_as_bucket_view=True)
+        self.step = TrainingStep(config, processes, self.flow, self.optimizer, self.ops)
 
         self.finished = 0
-        self.interval_steps = 0
-        self.interval_sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=processes.device)
-        self.interval_weights = self._interval_weights()
-        self.loss_scale = len(self.share) / config.train.batch_size * processes.world_size
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
         if start is not None:
             self._restore(start)
@@ -127,91 +100,35 @@ class Trainer:
             log.close()
         return self.finished == train.total_steps
 
-    def draw_batch(self, step: int) -> Batch:
-        """Return this process's rows of the global batch of the 0-based `step`."""
-        config, device = self.config, self.processes.device
-        indices = batch_indices(len(self.source), config.train.batch_size, config.seed, step)
-        mean, std, labels = self.source.read(indices[list(self.share.positions)])
-        return sample_batch(
-            mean.to(device),
-            None if std is None else std.to(device),
-            labels.to(device) if config.network.num_classes else None,
-            self.positions,
-            self.share.num_velocity,
-            seed=config.seed,
-            step=step,
-            r=self._gap_ratio(step),
-            times=config.times,
-            objective=config.objective,
-            ops=self.ops,
-        )
-
     def _train_step(self) -> None:
-        batch = self.draw_batch(self.finished)
-        self.optimizer.zero_grad(set_to_none=True)
-        out: ObjectiveOutput = self.step_module(batch)
-        # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
-        (out.loss * self.loss_scale).backward()
-        self.optimizer.step()
-        self._accumulate(out, self.optimizer.grad_norm)
+        config = self.config
+        indices = batch_indices(len(self.source), config.train.batch_size, config.seed, self.finished)
+        self.step(*self.source.read(indices[list(self.step.share.positions)]), self.finished)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
     # What happens between steps.
 
-    def _accumulate(self, out: ObjectiveOutput, norm: Tensor) -> None:
-        values = (
-            out.loss.detach(),
-            out.velocity_loss,
-            out.velocity_mse,
-            out.velocity_weight,
-            out.consistency_loss,
-            out.consistency_mse,
-            out.consistency_weight,
-            norm,
-            torch.zeros_like(norm),
-        )
-        row = torch.stack(values).double()
-        if self.config.optim.nonfinite == "skip":
-            skipped = torch.zeros_like(row)
-            skipped[-1] = 1.0
-            row = torch.where(torch.isfinite(norm), row, skipped)
-        self.interval_sums += row * self.interval_weights
-        self.interval_steps += 1
-
-    def _interval_weights(self) -> Tensor:
-        """This process's share of each summed mean: of all rows, velocity rows, consistency rows, the norm, skips."""
-        batch_size, share = self.config.train.batch_size, self.share
-        num_velocity = int(self.config.objective.fm_ratio * batch_size)
-        rows = len(share) / batch_size
-        velocity = share.num_velocity / max(num_velocity, 1)
-        consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, *(1.0 / self.processes.world_size,) * 2)
-        return torch.tensor(weights, dtype=torch.float64, device=self.processes.device)
-
     def _interval_means(self) -> dict[str, float]:
-        *totals, skipped = self.processes.sum(self.interval_sums).tolist()
-        if skipped >= self.interval_steps:
+        *totals, skipped = self.processes.sum(self.step.sums).tolist()
+        if skipped >= self.step.num_summed:
             raise DivergedError(
-                f"step {self.finished}: no gradient of the last {self.interval_steps} steps was finite; "
+                f"step {self.finished}: no gradient of the last {self.step.num_summed} steps was finite; "
                 "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
             )
-        means = {name: total / (self.interval_steps - skipped) for name, total in zip(SUMMED[:-1], totals, strict=True)}
+        done = self.step.num_summed - skipped
+        means = {name: total / done for name, total in zip(SUMMED[:-1], totals, strict=True)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
         if bad:
             raise DivergedError(
-                f"step {self.finished}: {', '.join(bad)} not finite within the last {self.interval_steps} steps; "
+                f"step {self.finished}: {', '.join(bad)} not finite within the last {self.step.num_summed} steps; "
                 "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
             )
-        self.interval_sums.zero_()
-        self.interval_steps = 0
+        self.step.sums.zero_()
+        self.step.num_summed = 0
         if self.config.optim.nonfinite == "skip":
             means["skipped_steps"] = skipped
-        return means | {"gap_ratio": self._gap_ratio(self.finished - 1)}
-
-    def _gap_ratio(self, step: int) -> float:
-        times = self.config.times
-        return gap_ratio(step, self.config.train.total_steps, times.gap_init, times.gap_end, times.gap_method)
+        return means | {"gap_ratio": gap_ratio_at(self.config, self.finished - 1)}
 
     def _draw_samples(self, log: NullLog) -> None:
         (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes
@@ -253,13 +170,13 @@ class Trainer:
         self.optimizer.load_state_dict(state.optimizer)
         self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
-        self.interval_steps = interval["steps"]
+        self.step.num_summed = interval["steps"]
         # The sums are those of all processes: the first one carries them on.
         if self.processes.is_first:
-            self.interval_sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
+            self.step.sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
 
     def _save(self, log: NullLog) -> None:
-        sums = self.processes.sum(self.interval_sums)
+        sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
             raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")
         if self.processes.is_first:
@@ -272,7 +189,7 @@ class Trainer:
                 meta=checkpoint_meta(
                     self.config,
                     self.source.fingerprint,
-                    {"steps": self.interval_steps, "sums": sums.tolist()},
+                    {"steps": self.step.num_summed, "sums": sums.tolist()},
                 ),
                 keep_last=self.config.train.keep_last,
             )
@@ -303,18 +220,6 @@ class Trainer:
             return False
         flag = torch.tensor(float(self._stop_requested), device=self.processes.device)
         return self.processes.sum(flag).item() > 0
-
-
-class _Step(nn.Module):
-    """Objective and flow as one module, because DDP hooks on forward."""
-
-    def __init__(self, flow: SolutionFlow, objective: Objective) -> None:
-        super().__init__()
-        self.flow = flow
-        self.objective = objective
-
-    def forward(self, batch: Batch) -> ObjectiveOutput:
-        return self.objective(self.flow, batch)
 
 
 class _Timer:
@@ -356,20 +261,6 @@ def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return build_flow(config.network, config.flow, ops)
-
-
-def build_objective(config: Config, ops: ModuleType) -> Objective:
-    """Return the objective of a configuration."""
-    objective = config.objective
-    return Objective(
-        cfg_scale=objective.cfg_scale,
-        cfg_decay_time=objective.cfg_decay_time,
-        mix_ratio=objective.mix_ratio,
-        loss_p=objective.loss_p,
-        loss_eps=objective.loss_eps,
-        lookahead=objective.lookahead,
-        ops=ops,
-    )
 
 
 def configure_torch(engine: EngineConfig) -> None:

@@ -38,7 +38,7 @@ LAYERS = {
         "optim",
         "vae",
     },
-    4: {"run_folder", "trainer"},
+    4: {"run_folder", "step", "trainer"},
     5: {"cli"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}

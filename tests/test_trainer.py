@@ -4,6 +4,7 @@ import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -101,7 +102,8 @@ def test_either_loss_alone_trains(tmp_path, fm_ratio):
 def test_unconditional_training(tmp_path):
     overrides = ("network.num_classes=0", "objective.cfg_scale=1.0", "train.sample_every=4")
     trainer = train(tiny.config(tmp_path, *overrides))
-    assert trainer.draw_batch(0).labels is None
+    rows = trainer.source.read(np.arange(len(trainer.step.share)))
+    assert trainer.step.draw(*rows, step=0).labels is None
     assert len(list(trainer.folder.samples.glob("*.png"))) == 2
 
 
