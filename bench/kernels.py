@@ -63,25 +63,36 @@ def copy_bandwidth() -> float:
 
 
 def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Workload]:
-    """Return the ops of one block in bf16."""
+    """Return the ops of one block as bf16 trains it: residual stream and modulations float32, branches bfloat16."""
+    half = torch.bfloat16
 
-    def activations(B: int, width: int) -> Tensor:
-        return torch.randn(B, T, width, device="cuda", dtype=torch.bfloat16)
+    def activations(B: int, width: int, dtype: torch.dtype = half) -> Tensor:
+        return torch.randn(B, T, width, device="cuda", dtype=dtype)
 
     def modulation(B: int) -> tuple[Tensor, ...]:
-        return torch.randn(B, 6 * D, device="cuda", dtype=torch.bfloat16).chunk(6, dim=1)
+        return torch.randn(B, 6 * D, device="cuda").chunk(6, dim=1)
 
-    x, (a, b, c, *_) = activations(BATCH_SIZE, D), modulation(BATCH_SIZE)
-    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D), modulation(NUM_CONSISTENCY)
-    small = 1e-3 * d
+    x, (a, b, c, *_) = activations(BATCH_SIZE, D, torch.float32), modulation(BATCH_SIZE)
+    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D, torch.float32), modulation(NUM_CONSISTENCY)
+    y, dy = activations(BATCH_SIZE, D), 1e-3 * activations(NUM_CONSISTENCY, D)
+    small, eps = 1e-3 * d, 1e-6
     elements, few, wide = x.numel(), d.numel(), activations(BATCH_SIZE, 4 * D)
     qkv = activations(NUM_CONSISTENCY, 3 * D)
-    wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device="cuda")
+    wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device="cuda", dtype=half)
     return [
-        Workload("modulated_norm", shape, (x, a, b), (0, 1, 2), 4 * elements, 6 * elements),
-        Workload("gate_residual_norm", shape, (x, x.clone(), a, b, c), (0, 1, 2, 3, 4), 8 * elements, 12 * elements),
-        Workload("modulated_norm_difference", shape, (d, small, da, db, dc), (), 6 * few, 0),
-        Workload("gate_residual_norm_difference", shape, (d, da, d, db, small, small, da, db, dc), (), 12 * few, 0),
+        Workload("modulated_norm", shape, (x, a, b, eps, half), (0, 1, 2), 6 * elements, 10 * elements),
+        Workload(
+            "gate_residual_norm", shape, (x, y, a, b, c, eps, half), (0, 1, 2, 3, 4), 12 * elements, 18 * elements
+        ),
+        Workload("modulated_norm_difference", shape, (d, small, da, db, dc, eps, half), (), 10 * few, 0),
+        Workload(
+            "gate_residual_norm_difference",
+            shape,
+            (y[:NUM_CONSISTENCY], da, d, db, small, dy, da, db, dc, eps, half),
+            (),
+            18 * few,
+            0,
+        ),
         Workload("gelu", shape, (wide, bias), (0, 1), 4 * wide.numel(), 6 * wide.numel()),
         Workload("attention_difference", shape, (qkv, 1e-3 * qkv, num_heads), (), 14 * few, 0),
         Workload("gelu_difference", shape, (wide_d, 1e-3 * wide_d, bias), (), 6 * wide_d.numel(), 0),

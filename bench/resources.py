@@ -125,24 +125,29 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launch_network(T: int, D: int, num_heads: int) -> None:
-    """Call every launcher that one block of a network of T tokens, width D and so many heads needs, in bf16."""
+    """Call every launcher that one block of a network of T tokens, width D and so many heads needs, as bf16 trains it.
 
-    def activations(B: int, width: int) -> Tensor:
-        return torch.empty(B, T, width, device="meta", dtype=torch.bfloat16)
+    The residual stream and the modulations are float32, what the branches read and write bfloat16.
+    """
+    half = torch.bfloat16
+
+    def activations(B: int, width: int, dtype: torch.dtype = half) -> Tensor:
+        return torch.empty(B, T, width, device="meta", dtype=dtype)
 
     def modulation(B: int) -> list[Tensor]:
-        return list(torch.empty(B, 6 * D, device="meta", dtype=torch.bfloat16).chunk(6, dim=1))
+        return list(torch.empty(B, 6 * D, device="meta").chunk(6, dim=1))
 
-    x, (a, b, c, *_) = activations(BATCH_SIZE, D), modulation(BATCH_SIZE)
-    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D), modulation(NUM_CONSISTENCY)
+    x, (a, b, c, *_) = activations(BATCH_SIZE, D, torch.float32), modulation(BATCH_SIZE)
+    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D, torch.float32), modulation(NUM_CONSISTENCY)
+    y, dy = activations(BATCH_SIZE, D), activations(NUM_CONSISTENCY, D)
     eps = 1e-6
-    h, mean, rstd = adaln._launch_modulated_norm_fwd(x, a, b, eps)
+    h, mean, rstd = adaln._launch_modulated_norm_fwd(x, a, b, eps, half)
     adaln._launch_modulated_norm_bwd(x, b, mean, rstd, h)
-    adaln._launch_modulated_norm_difference(d, d, da, db, dc, eps)
-    z, h, mean, rstd = adaln._launch_gate_residual_norm_fwd(x, x, a, b, c, eps)
-    adaln._launch_gate_residual_norm_bwd(x, a, z, b, mean, rstd, z, h)
-    adaln._launch_gate_residual_norm_difference(d, da, d, db, d, d, da, db, dc, eps)
-    wide, bias = activations(BATCH_SIZE, 4 * D), torch.empty(4 * D, device="meta")
+    adaln._launch_modulated_norm_difference(d, d, da, db, dc, eps, half)
+    z, h, mean, rstd = adaln._launch_gate_residual_norm_fwd(x, y, a, b, c, eps, half)
+    adaln._launch_gate_residual_norm_bwd(y, a, z, b, mean, rstd, z, h)
+    adaln._launch_gate_residual_norm_difference(dy, da, d, db, d, dy, da, db, dc, eps, half)
+    wide, bias = activations(BATCH_SIZE, 4 * D), torch.empty(4 * D, device="meta", dtype=half)
     activation._launch_gelu_fwd(wide, bias)
     activation._launch_gelu_bwd(wide, bias, wide)
     activation._launch_gelu_difference(activations(NUM_CONSISTENCY, 4 * D), activations(NUM_CONSISTENCY, 4 * D), bias)

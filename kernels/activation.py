@@ -157,8 +157,9 @@ def _launch_silu_difference(x: Tensor, dx: Tensor) -> Tensor:
 
 
 def _gelu_bwd_cpu(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.ops.aten.gelu_backward(dy, x + bias, approximate="tanh")
-    return dx, dx.flatten(0, -2).sum(0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = torch.ops.aten.gelu_backward(dy.to(wide), x.to(wide) + bias.to(wide), approximate="tanh")
+    return dx.to(x.dtype), dx.flatten(0, -2).sum(0).to(bias.dtype)
 
 
 _gelu_fwd = register(

@@ -1,7 +1,8 @@
 """Adaptive layer norm: LayerNorm + modulate, and gate + residual + LayerNorm + modulate, with their differences.
 
-x, y, z: (B, T, D) fp32 | bf16 | fp16.  gate, shift, scale: (B, D), last dimension contiguous (chunks of one tensor).
-Math in fp32, stored as the dtype of x; gradients of the modulation in its own dtype.
+x, y, z, h: (B, T, D) fp32 | bf16 | fp16.  gate, shift, scale: (B, D), last dimension contiguous (chunks of one tensor).
+Math in fp32; z has the dtype of x, the modulated result h the one asked for (a bf16 branch of an fp32 residual stream),
+gradients that of what they belong to.
 
 One row per program, padded to a power of two. Backward: a program walks the rows of a slab of tokens and keeps the sums
 for dshift, dscale and dgate in registers; one partial per slab, then one ordered sum: no atomics, the same bits again.
@@ -260,14 +261,20 @@ def _dense_last(c: Tensor) -> Tensor:
     return c if c.stride(-1) == 1 else c.contiguous()
 
 
+def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(x.shape, device=x.device, dtype=dtype or x.dtype)
+
+
 def _row_stats(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2], device=x.device, dtype=torch.float32)
 
 
-def _launch_modulated_norm_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_modulated_norm_fwd(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     x, shift, scale = x.contiguous(), _dense_last(shift), _dense_last(scale)
     B, T, D = x.shape
-    h, mean, rstd = torch.empty_like(x), _row_stats(x), _row_stats(x)
+    h, mean, rstd = _empty(x, dtype), _row_stats(x), _row_stats(x)
     if B * T:
         _modulated_norm_fwd_kernel[(B * T,)](
             x,
@@ -288,12 +295,12 @@ def _launch_modulated_norm_fwd(x: Tensor, shift: Tensor, scale: Tensor, eps: flo
 
 
 def _launch_gate_residual_norm_fwd(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
     gate, shift, scale = _dense_last(gate), _dense_last(shift), _dense_last(scale)
     B, T, D = x.shape
-    z, h, mean, rstd = torch.empty_like(x), torch.empty_like(x), _row_stats(x), _row_stats(x)
+    z, h, mean, rstd = torch.empty_like(x), _empty(x, dtype), _row_stats(x), _row_stats(x)
     if B * T:
         _gate_residual_norm_fwd_kernel[(B * T,)](
             x,
@@ -341,8 +348,8 @@ def _launch_modulated_norm_bwd(
             BLOCK_D=triton.next_power_of_2(D),
             num_warps=norm_warps(D),
         )
-    dshift, dscale = partial.sum(1).to(scale.dtype).unbind(1)
-    return dx, dshift.clone(), dscale.clone()
+    dshift, dscale = partial.sum(1).unbind(1)
+    return dx, dshift.to(scale.dtype, copy=True), dscale.to(scale.dtype, copy=True)
 
 
 def _launch_gate_residual_norm_bwd(
@@ -375,17 +382,17 @@ def _launch_gate_residual_norm_bwd(
             BLOCK_D=triton.next_power_of_2(D),
             num_warps=norm_warps(D),
         )
-    dgate, dshift, dscale = partial.sum(1).to(scale.dtype).unbind(1)
-    return dx, dy, dgate.clone(), dshift.clone(), dscale.clone()
+    dgate, dshift, dscale = partial.sum(1).unbind(1)
+    return dx, dy, dgate.to(gate.dtype, copy=True), dshift.to(scale.dtype, copy=True), dscale.to(scale.dtype, copy=True)
 
 
 def _launch_modulated_norm_difference(
-    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float
+    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype | None
 ) -> Tensor:
     x, dx = x.contiguous(), dx.contiguous()
     scale, dshift, dscale = _dense_last(scale), _dense_last(dshift), _dense_last(dscale)
     B, T, D = x.shape
-    dh = torch.empty_like(x)
+    dh = _empty(x, dtype)
     if B * T:
         _modulated_norm_difference_kernel[(B * T,)](
             x,
@@ -417,11 +424,12 @@ def _launch_gate_residual_norm_difference(
     dshift: Tensor,
     dscale: Tensor,
     eps: float,
+    dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     y, z, dx, dy = y.contiguous(), z.contiguous(), dx.contiguous(), dy.contiguous()
     gate, scale, dgate, dshift, dscale = (_dense_last(c) for c in (gate, scale, dgate, dshift, dscale))
     B, T, D = z.shape
-    dz, dh = torch.empty_like(z), torch.empty_like(z)
+    dz, dh = torch.empty_like(z), _empty(z, dtype)
     if B * T:
         _gate_residual_norm_difference_kernel[(B * T,)](
             y,
@@ -449,14 +457,16 @@ def _launch_gate_residual_norm_difference(
     return dz, dh
 
 
-def _modulated_norm_cpu(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.modulated_norm(x, shift, scale, eps), *_cpu_stats(x, eps)
+def _modulated_norm_cpu(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.modulated_norm(x, shift, scale, eps, dtype), *_cpu_stats(x, eps)
 
 
 def _gate_residual_norm_cpu(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    z, h = reference.gate_residual_norm(x, y, gate, shift, scale, eps)
+    z, h = reference.gate_residual_norm(x, y, gate, shift, scale, eps, dtype)
     return z, h, *_cpu_stats(z, eps)
 
 
@@ -488,28 +498,25 @@ def _gate_residual_norm_bwd_cpu(
     return dx.to(z.dtype), dy.to(y.dtype), dgate.to(gate.dtype), dshift, dscale
 
 
-def _fake_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 _modulated_norm_fwd = register(
-    "modulated_norm_fwd(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor, Tensor)",
+    "modulated_norm_fwd(Tensor x, Tensor shift, Tensor scale, float eps, ScalarType? dtype)"
+    " -> (Tensor, Tensor, Tensor)",
     _launch_modulated_norm_fwd,
     _modulated_norm_cpu,
-    lambda x, shift, scale, eps: (_fake_like(x), _row_stats(x), _row_stats(x)),
+    lambda x, shift, scale, eps, dtype: (_empty(x, dtype), _row_stats(x), _row_stats(x)),
 )
 _modulated_norm_bwd = register(
     "modulated_norm_bwd(Tensor x, Tensor scale, Tensor mean, Tensor rstd, Tensor dh) -> (Tensor, Tensor, Tensor)",
     _launch_modulated_norm_bwd,
     _modulated_norm_bwd_cpu,
-    lambda x, scale, mean, rstd, dh: (_fake_like(x), _fake_like(scale), _fake_like(scale)),
+    lambda x, scale, mean, rstd, dh: (_empty(x), _empty(scale), _empty(scale)),
 )
 _gate_residual_norm_fwd = register(
-    "gate_residual_norm_fwd(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "gate_residual_norm_fwd(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps,"
+    " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_gate_residual_norm_fwd,
     _gate_residual_norm_cpu,
-    lambda x, y, gate, shift, scale, eps: (_fake_like(x), _fake_like(x), _row_stats(x), _row_stats(x)),
+    lambda x, y, gate, shift, scale, eps, dtype: (_empty(x), _empty(x, dtype), _row_stats(x), _row_stats(x)),
 )
 _gate_residual_norm_bwd = register(
     "gate_residual_norm_bwd(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor mean, Tensor rstd, Tensor dz,"
@@ -517,50 +524,51 @@ _gate_residual_norm_bwd = register(
     _launch_gate_residual_norm_bwd,
     _gate_residual_norm_bwd_cpu,
     lambda y, gate, z, scale, mean, rstd, dz, dh: (
-        _fake_like(z),
-        _fake_like(y),
-        _fake_like(gate),
-        _fake_like(scale),
-        _fake_like(scale),
+        _empty(z),
+        _empty(y),
+        _empty(gate),
+        _empty(scale),
+        _empty(scale),
     ),
 )
 _modulated_norm_difference = register(
-    "modulated_norm_difference(Tensor x, Tensor dx, Tensor scale, Tensor dshift, Tensor dscale, float eps) -> Tensor",
+    "modulated_norm_difference(Tensor x, Tensor dx, Tensor scale, Tensor dshift, Tensor dscale, float eps,"
+    " ScalarType? dtype) -> Tensor",
     _launch_modulated_norm_difference,
     reference.modulated_norm_difference,
-    lambda x, dx, scale, dshift, dscale, eps: _fake_like(x),
+    lambda x, dx, scale, dshift, dscale, eps, dtype: _empty(x, dtype),
 )
 _gate_residual_norm_difference = register(
     "gate_residual_norm_difference(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor dx, Tensor dy, Tensor dgate,"
-    " Tensor dshift, Tensor dscale, float eps) -> (Tensor, Tensor)",
+    " Tensor dshift, Tensor dscale, float eps, ScalarType? dtype) -> (Tensor, Tensor)",
     _launch_gate_residual_norm_difference,
     reference.gate_residual_norm_difference,
-    lambda y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps: (_fake_like(z), _fake_like(z)),
+    lambda y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps, dtype: (_empty(z), _empty(z, dtype)),
 )
 
 
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, shift, scale, eps):
-        h, mean, rstd = _modulated_norm_fwd(x, shift, scale, eps)
+    def forward(ctx, x, shift, scale, eps, dtype):
+        h, mean, rstd = _modulated_norm_fwd(x, shift, scale, eps, dtype)
         ctx.save_for_backward(x, scale, mean, rstd)
         return h
 
     @staticmethod
     def backward(ctx, dh):
-        return *_modulated_norm_bwd(*ctx.saved_tensors, dh), None
+        return *_modulated_norm_bwd(*ctx.saved_tensors, dh), None, None
 
 
 class _GateResidualNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, gate, shift, scale, eps):
-        z, h, mean, rstd = _gate_residual_norm_fwd(x, y, gate, shift, scale, eps)
+    def forward(ctx, x, y, gate, shift, scale, eps, dtype):
+        z, h, mean, rstd = _gate_residual_norm_fwd(x, y, gate, shift, scale, eps, dtype)
         ctx.save_for_backward(y, gate, z, scale, mean, rstd)
         return z, h
 
     @staticmethod
     def backward(ctx, dz, dh):
-        return *_gate_residual_norm_bwd(*ctx.saved_tensors, dz, dh), None
+        return *_gate_residual_norm_bwd(*ctx.saved_tensors, dz, dh), None, None
 
 
 def _check_rows(
@@ -573,27 +581,41 @@ def _check_rows(
     check(op, x.device, **tokens, **rows)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
     """Return LayerNorm(x) (1 + scale) + shift, (B, T, D).  See `reference.modulated_norm`."""
     _check_rows("modulated_norm", x, {}, {"shift": shift, "scale": scale})
-    return _ModulatedNorm.apply(x, shift, scale, eps)
+    return _ModulatedNorm.apply(x, shift, scale, eps, dtype)
 
 
 def modulated_norm_difference(
-    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    dx: Tensor,
+    scale: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the difference of modulated_norm, (B, T, D).  See `reference.modulated_norm_difference`."""
     modulation = {"scale": scale, "dshift": dshift, "dscale": dscale}
     _check_rows("modulated_norm_difference", x, {"dx": dx}, modulation)
-    return _modulated_norm_difference(x, dx, scale, dshift, dscale, eps)
+    return _modulated_norm_difference(x, dx, scale, dshift, dscale, eps, dtype)
 
 
 def gate_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift, (B, T, D).  See `reference.gate_residual_norm`."""
     _check_rows("gate_residual_norm", x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale})
-    return _GateResidualNorm.apply(x, y, gate, shift, scale, eps)
+    return _GateResidualNorm.apply(x, y, gate, shift, scale, eps, dtype)
 
 
 def gate_residual_norm_difference(
@@ -607,8 +629,9 @@ def gate_residual_norm_difference(
     dshift: Tensor,
     dscale: Tensor,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the differences of z and h of gate_residual_norm.  See `reference.gate_residual_norm_difference`."""
     modulation = {"gate": gate, "scale": scale, "dgate": dgate, "dshift": dshift, "dscale": dscale}
     _check_rows("gate_residual_norm_difference", z, {"y": y, "dx": dx, "dy": dy}, modulation, name="z")
-    return _gate_residual_norm_difference(y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps)
+    return _gate_residual_norm_difference(y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps, dtype)

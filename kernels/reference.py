@@ -267,25 +267,36 @@ GELU_CUBE = 0.044715
 
 def gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return GELU(x + bias) in the tanh form.  x: (..., D); bias: (D,)."""
-    return functional.gelu(x + bias, approximate="tanh")
+    return functional.gelu(_wide(x) + _wide(bias), approximate="tanh").to(x.dtype)
 
 
 def gelu_difference(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
     """Return gelu(x + dx, bias) - gelu(x, bias).  x, dx: (..., D); bias: (D,)."""
-    y, d = _wide(x + bias), _wide(dx)
+    y, d = _wide(x) + _wide(bias), _wide(dx)
     u = GELU_SCALE * (y + GELU_CUBE * y * y * y)
     h = GELU_SCALE * (d + GELU_CUBE * d * (3.0 * y * y + 3.0 * y * d + d * d))
     return (0.5 * (d * (1.0 + torch.tanh(u + h)) + y * _tanh_difference(u, h))).to(x.dtype)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return LayerNorm(x) (1 + scale) + shift, without affine parameters.  x: (B, T, D); shift, scale: (B, D)."""
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return LayerNorm(x) (1 + scale) + shift, without affine parameters.  x: (B, T, D); shift, scale: (B, D).
+
+    dtype: of the result; None is that of x. A residual stream in float32 feeds branches in bfloat16.
+    """
     normed = functional.layer_norm(_wide(x), x.shape[-1:], eps=eps)
-    return (normed * (1.0 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    return (normed * (1.0 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
 
 
 def modulated_norm_difference(
-    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    dx: Tensor,
+    scale: Tensor,
+    dshift: Tensor,
+    dscale: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the difference of modulated_norm.  x, dx: (B, T, D); scale, dshift, dscale: (B, D).  The shift cancels."""
     x_wide, dx_wide = _wide(x), _wide(dx)
@@ -296,15 +307,24 @@ def modulated_norm_difference(
     std_0, std_1 = var.sqrt(), (var + dvar).sqrt()
     dnormed = dc / std_1 - xc * (dvar / (std_0 * std_1 * (std_0 + std_1)))
     dy = xc / std_0 * dscale[:, None] + dnormed * (1.0 + scale + dscale)[:, None] + dshift[:, None]
-    return dy.to(x.dtype)
+    return dy.to(dtype or x.dtype)
 
 
 def gate_residual_norm(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the residual stream z = x + gate y and modulated_norm(z).  x, y: (B, T, D); gate, shift, scale: (B, D)."""
-    z = x + gate[:, None] * y
-    return z, modulated_norm(z, shift, scale, eps)
+    """Return the residual stream z = x + gate y and modulated_norm(z).  x, y: (B, T, D); gate, shift, scale: (B, D).
+
+    z has the dtype of x; dtype: of the second result, None is that of x.
+    """
+    z = (x + gate[:, None] * y).to(x.dtype)
+    return z, modulated_norm(z, shift, scale, eps, dtype)
 
 
 def gate_residual_norm_difference(
@@ -318,10 +338,11 @@ def gate_residual_norm_difference(
     dshift: Tensor,
     dscale: Tensor,
     eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the differences of both results of gate_residual_norm, given its residual stream z = x + gate y."""
-    dz = dx + y * dgate[:, None] + dy * (gate + dgate)[:, None]
-    return dz, modulated_norm_difference(z, dz, scale, dshift, dscale, eps)
+    dz = (dx + y * dgate[:, None] + dy * (gate + dgate)[:, None]).to(z.dtype)
+    return dz, modulated_norm_difference(z, dz, scale, dshift, dscale, eps, dtype)
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:

@@ -202,7 +202,10 @@ class EngineConfig:
     """Where and how precisely the run computes."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a GPU when there is one"] = "auto"
-    precision: Annotated[Literal["fp32", "tf32"], "matrix products on a GPU in float32 or TF32"] = "fp32"
+    precision: Annotated[
+        Literal["fp32", "tf32", "bf16"],
+        "products in float32; on a GPU in TF32; or of bfloat16 copies of the blocks' weights, which stay float32",
+    ] = "fp32"
     ops: Annotated[Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU"] = (
         "auto"
     )

@@ -28,9 +28,12 @@ FINISHED, SKIPPED = COUNTERS.index("finished"), COUNTERS.index("skipped")
 
 
 def build_optimizer(
-    config: OptimConfig, parameters: Iterable[nn.Parameter], averages: Sequence[Ema[Any]] = ()
+    config: OptimConfig,
+    parameters: Iterable[nn.Parameter],
+    averages: Sequence[Ema[Any]] = (),
+    shadows: Mapping[Tensor, Tensor] | None = None,
 ) -> "Optimizer":
-    """Return the optimizer of a configuration, whose steps also move `averages`."""
+    """Return the optimizer of a configuration, whose steps also move `averages` and rewrite `shadows`."""
     return Optimizer(
         parameters,
         name=config.name,
@@ -41,6 +44,7 @@ def build_optimizer(
         clip_norm=config.clip_norm,
         skip_nonfinite=config.nonfinite == "skip",
         averages=averages,
+        shadows=shadows,
         backend=config.backend,
     )
 

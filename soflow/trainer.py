@@ -20,6 +20,7 @@ from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.optim import build_optimizer
+from soflow.precision import working_copy
 from soflow.run_folder import (
     RunError,
     build_flow,
@@ -59,8 +60,10 @@ class Trainer:
         self.flow = initial_flow(config, self.ops).to(processes.device)
         network = self.flow.network
         self.ema = Ema(config.ema, network)
-        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema])
-        self.step = TrainingStep(config, processes, self.flow, self.optimizer, self.ops)
+        working, shadows = working_copy(network, config.engine.precision)
+        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema], shadows)
+        computing = SolutionFlow(working, self.flow.path, self.flow.parameterization)
+        self.step = TrainingStep(config, processes, computing, self.optimizer, self.ops)
 
         self.finished = 0
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
@@ -168,6 +171,7 @@ class Trainer:
         self.flow.network.load_state_dict(state.model)
         self.ema.network.load_state_dict(state.ema)
         self.optimizer.load_state_dict(state.optimizer)
+        self.optimizer.refresh_shadows()
         self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
         self.step.num_summed = interval["steps"]
@@ -264,7 +268,10 @@ def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
 
 
 def configure_torch(engine: EngineConfig) -> None:
-    """Set the number of CPU threads, and whether products and convolutions on a GPU use TF32: process-wide."""
+    """Set the number of CPU threads, and whether float32 products on a GPU use TF32: process-wide.
+
+    What the precision bf16 leaves in float32 is few and small: it stays exact.
+    """
     torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
     torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
     if engine.threads is not None:

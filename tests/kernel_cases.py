@@ -47,7 +47,9 @@ class Case:
     def call(self, ops: ModuleType, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and the gradients of sum(output * w) for fixed random w."""
         leaves = [x.detach().requires_grad_(i in self.gradients) for i, x in enumerate(inputs)]
-        outputs = getattr(ops, self.op)(*leaves, *self.constants)
+        exact = all(x.dtype == torch.float64 for x in inputs)
+        constants = [c for c in self.constants if not (exact and isinstance(c, torch.dtype))]
+        outputs = getattr(ops, self.op)(*leaves, *constants)
         outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
         if not self.gradients:
             return outputs, []
@@ -82,19 +84,22 @@ def small(make: Callable[[torch.Generator], Any], size: float = 1e-3) -> Callabl
     return scaled
 
 
-def norm_cases(B: int, T: int, D: int) -> list[Case]:
+def norm_cases(B: int, T: int, D: int, branch: torch.dtype | None = None) -> list[Case]:
+    """With `branch` only what enters or leaves a branch has that dtype; residual stream and modulations are float32."""
     x, shape = randn(B, T, D), (B, T, D)
-    dx = small(x)
+    dx, constants = small(x), (1e-6,) if branch is None else (1e-6, branch)
+
+    def case(op: str, make: Make, num_inputs: int, of_branch: tuple[int, ...], gradients: tuple[int, ...] = ()) -> Case:
+        float32 = () if branch is None else tuple(i for i in range(num_inputs) if i not in of_branch)
+        return Case(op, shape, make, constants, gradients, float32)
+
+    moved_norm = flat(x, dx, chunks(1, B, D), small(chunks(2, B, D)))
+    moved_gate = flat(x, chunks(1, B, D), x, chunks(1, B, D), dx, dx, small(chunks(3, B, D)))
     return [
-        Case("modulated_norm", shape, flat(x, chunks(2, B, D)), (1e-6,), (0, 1, 2)),
-        Case("modulated_norm_difference", shape, flat(x, dx, chunks(1, B, D), small(chunks(2, B, D))), (1e-6,)),
-        Case("gate_residual_norm", shape, flat(x, x, chunks(3, B, D)), (1e-6,), (0, 1, 2, 3, 4)),
-        Case(
-            "gate_residual_norm_difference",
-            shape,
-            flat(x, chunks(1, B, D), x, chunks(1, B, D), dx, dx, small(chunks(3, B, D))),
-            (1e-6,),
-        ),
+        case("modulated_norm", flat(x, chunks(2, B, D)), 3, (), (0, 1, 2)),
+        case("modulated_norm_difference", moved_norm, 5, ()),
+        case("gate_residual_norm", flat(x, x, chunks(3, B, D)), 5, (1,), (0, 1, 2, 3, 4)),
+        case("gate_residual_norm_difference", moved_gate, 9, (0, 5)),
     ]
 
 
@@ -159,7 +164,12 @@ EMPTY = [*norm_cases(0, 3, 8), *attention_cases(0, 3, 2, 4), *activation_cases(0
 
 def parametrize(cases: list[Case]) -> pytest.MarkDecorator:
     """Mark a test to run for every case."""
-    return pytest.mark.parametrize("case", cases, ids=lambda case: f"{case.op}-{'x'.join(map(str, case.shape))}")
+    return pytest.mark.parametrize("case", cases, ids=_name)
+
+
+def _name(case: Case) -> str:
+    dtypes = [f"-{c}".replace("torch.", "") for c in case.constants if isinstance(c, torch.dtype)]
+    return f"{case.op}-{'x'.join(map(str, case.shape))}{''.join(dtypes)}"
 
 
 def assert_as_precise(ours: Tensor, eager: Tensor, exact: Tensor) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.slope import set_product_dtype
 from soflow import Batch, Objective, SolutionFlow, gap_ratio, middle_time, sample
 from soflow.config import EmaConfig, OptimConfig
 from soflow.ema import Ema
@@ -13,6 +12,7 @@ from soflow.guidance import cfg_decay
 from soflow.models import DIT_PRESETS, build_network
 from soflow.optim import build_optimizer
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients
+from soflow.precision import working_copy
 
 LOOKAHEADS = ("difference", "two_pass")
 GAPS = ("0.1", "0.01", "0.002", "0.0003125")
@@ -237,14 +237,14 @@ def test_two_evaluations_lose_the_slope_in_float32(name):
 
 @pytest.mark.parametrize("gap", [*GAPS, "0.000001"])
 @pytest.mark.parametrize("name", ["slope_euler", "slope_trig"])
-def test_slope_with_bfloat16_products(name, gap):
-    """Weights in bfloat16 make every product with them one; dF stays as precise as F itself, at every gap."""
+def test_slope_in_bf16(name, gap):
+    """Under the policy bf16 dF stays as precise as F itself, at every gap."""
     flow, values, labels = slope_inputs(name, gap, torch.float32)
     exact_flow, _, _ = slope_inputs(name, gap, torch.float64)
-    set_product_dtype(flow.network, torch.bfloat16)
+    flow.network, _ = working_copy(flow.network, "bf16")
     F_t, dF, q = slope(flow, values, labels, "difference")
     exact_F, exact_dF, exact_q = slope(exact_flow, tuple(v.double() for v in values), labels, "difference")
-    assert norm_error(F_t, exact_F) > 1e-4, "the products were not in bfloat16"
+    assert norm_error(F_t, exact_F) > 1e-4, "the products were not of bfloat16"
     assert norm_error(dF, exact_dF) < 2 * norm_error(F_t, exact_F)
     assert norm_error(q, exact_q) < 1e-2
 

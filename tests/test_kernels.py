@@ -125,9 +125,9 @@ def test_whole_step_is_as_precise_as_eager(interpreted):
     check_step(interpreted, "cpu", (4, 2, 2, 24, 2, 2, 5))
 
 
-def test_float16_is_rounded_once(interpreted):
-    for case in norm_cases(2, 3, 24):
-        check(case, interpreted, case.inputs(torch.float16, "cpu"))
+@parametrize([*norm_cases(2, 3, 24), *norm_cases(3, 5, 100, torch.float16)])
+def test_float16_is_rounded_once(case, interpreted):
+    check(case, interpreted, case.inputs(torch.float16, "cpu"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def op_arguments(name: str) -> tuple:
         "dt": (M,),
         "rows": (B, 6),
     }
-    numbers = {"eps": 1e-6, "p": 0.75, "stream": 3, "num": 6, "num_heads": 2}
+    numbers = {"eps": 1e-6, "p": 0.75, "stream": 3, "num": 6, "num_heads": 2, "dtype": None}
     if name == "draw":
         shapes |= {"mean": (B, T, D), "std": (B, T, D)}
     arguments = []

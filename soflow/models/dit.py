@@ -5,6 +5,7 @@ Source: Peebles and Xie 2023 (adaLN-zero blocks); arXiv 2512.15657 (two time emb
 """
 
 import math
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -115,6 +116,11 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = Modulation(hidden_size, num_chunks=6)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights, and so of the activations inside its branches."""
+        return self.mlp.fc1.weight.dtype
+
 
 class FinalLayer(nn.Module):
     """The last modulation, and the projection of each token to its patch."""
@@ -123,6 +129,11 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.linear = nn.Linear(hidden_size, patch_elements)
         self.adaLN_modulation = Modulation(hidden_size, num_chunks=2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its weights, and so of what it computes."""
+        return self.linear.weight.dtype
 
 
 class DiT(Network):
@@ -164,6 +175,10 @@ class DiT(Network):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * in_channels)
         self._initialize()
 
+    def bf16_modules(self) -> Iterable[nn.Module]:
+        """Return the blocks; embeddings, residual stream and the last projection stay in float32."""
+        return self.blocks
+
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
@@ -203,12 +218,14 @@ class DiT(Network):
         z = self.x_embedder(ops, x).plus(self.pos_embed)
         modulations = [block.adaLN_modulation(ops, c) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(ops, c))
-        h = ops.modulated_norm(z, *modulations[0][:2])
-        for block, (_, _, gate_attn, shift_mlp, scale_mlp, gate_mlp), following in zip(
-            self.blocks, modulations[:-1], modulations[1:], strict=True
+        shift, scale, *_ = modulations[0]
+        h = ops.modulated_norm(z, shift, scale, dtype=self.blocks[0].dtype)
+        followers = (*self.blocks[1:], self.final_layer)
+        for block, follower, (_, _, gate_attn, shift_mlp, scale_mlp, gate_mlp), (shift, scale, *_) in zip(
+            self.blocks, followers, modulations[:-1], modulations[1:], strict=True
         ):
-            z, h = ops.gate_residual_norm(z, block.attn(ops, h), gate_attn, shift_mlp, scale_mlp)
-            z, h = ops.gate_residual_norm(z, block.mlp(ops, h), gate_mlp, *following[:2])
+            z, h = ops.gate_residual_norm(z, block.attn(ops, h), gate_attn, shift_mlp, scale_mlp, dtype=block.dtype)
+            z, h = ops.gate_residual_norm(z, block.mlp(ops, h), gate_mlp, shift, scale, dtype=follower.dtype)
         out = ops.linear(h, self.final_layer.linear)
         return Pair(self._unpatchify(out.x), None if out.d is None else self._unpatchify(out.d))
 

@@ -1,6 +1,7 @@
 """What a flow, an objective and a trainer ask of a network."""
 
 import abc
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -16,6 +17,10 @@ class Network(nn.Module, abc.ABC):
     in_channels: int
     num_classes: int
     dropout: float = 0.0  # share of activations that a call in training mode drops
+
+    @abc.abstractmethod
+    def bf16_modules(self) -> Iterable[nn.Module]:
+        """Return the modules whose weights the precision bf16 keeps in bfloat16: those of nearly all products."""
 
     @abc.abstractmethod
     def forward(

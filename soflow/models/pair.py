@@ -108,22 +108,24 @@ class PairOps:
         with torch.no_grad():
             return Pair(y, self.ops.attention_difference(qkv.base, qkv.d, num_heads))
 
-    def modulated_norm(self, x: Pair, shift: Pair, scale: Pair) -> Pair:
-        """Return LayerNorm(x) (1 + scale) + shift."""
-        y = self.ops.modulated_norm(x.x, shift.x, scale.x)
+    def modulated_norm(self, x: Pair, shift: Pair, scale: Pair, dtype: torch.dtype) -> Pair:
+        """Return LayerNorm(x) (1 + scale) + shift, stored as `dtype`."""
+        y = self.ops.modulated_norm(x.x, shift.x, scale.x, dtype=dtype)
         if x.d is None:
             return Pair(y)
         with torch.no_grad():
-            return Pair(y, self.ops.modulated_norm_difference(x.base, x.d, scale.base, shift.d, scale.d))
+            return Pair(y, self.ops.modulated_norm_difference(x.base, x.d, scale.base, shift.d, scale.d, dtype=dtype))
 
-    def gate_residual_norm(self, x: Pair, y: Pair, gate: Pair, shift: Pair, scale: Pair) -> tuple[Pair, Pair]:
-        """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift."""
-        z, h = self.ops.gate_residual_norm(x.x, y.x, gate.x, shift.x, scale.x)
+    def gate_residual_norm(
+        self, x: Pair, y: Pair, gate: Pair, shift: Pair, scale: Pair, dtype: torch.dtype
+    ) -> tuple[Pair, Pair]:
+        """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift, the latter stored as `dtype`."""
+        z, h = self.ops.gate_residual_norm(x.x, y.x, gate.x, shift.x, scale.x, dtype=dtype)
         if x.d is None:
             return Pair(z), Pair(h)
         with torch.no_grad():
             dz, dh = self.ops.gate_residual_norm_difference(
-                y.base, gate.base, Pair(z, x.d).base, scale.base, x.d, y.d, gate.d, shift.d, scale.d
+                y.base, gate.base, Pair(z, x.d).base, scale.base, x.d, y.d, gate.d, shift.d, scale.d, dtype=dtype
             )
         return Pair(z, dz), Pair(h, dh)
 

@@ -6,7 +6,7 @@ arXiv 2512.15657 (two time embeddings).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -225,6 +225,10 @@ class UNet(Network):
                 channels, groups = len(norm.weight), norm.num_groups
                 divisible = f"one that makes the {channels} channels of a block a multiple of {groups} groups"
                 _require("model_channels", model_channels, channels % groups == 0, divisible)
+
+    def bf16_modules(self) -> Iterable[nn.Module]:
+        """Return the blocks of both halves; embeddings, the first and the last convolution stay in float32."""
+        return [module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, Block)]
 
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None

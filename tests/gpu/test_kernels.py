@@ -49,6 +49,11 @@ def test_as_precise_as_eager(case, dtype):
     check(case, dtype)
 
 
+@parametrize([*norm_cases(2, 3, 24, torch.bfloat16), *norm_cases(4, 256, 1152, torch.bfloat16)])
+def test_bf16_branch_of_a_float32_stream(case):
+    check(case, torch.bfloat16)
+
+
 @parametrize(EMPTY)
 def test_empty_batch(case):
     ours, theirs = (case.call(ops, case.inputs(torch.float32, "cuda")) for ops in (kernels, reference))
