@@ -18,6 +18,8 @@ from soflow.models import build_network
 
 # Settings that change what a run writes but not what it computes: they may differ when it is continued.
 FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
+# The data set is known by its fingerprint, wherever it lies and however it is read.
+FREE_DATA_FIELDS = ("root", "feeder", "prefetch")
 
 
 class RunError(ValueError):
@@ -117,12 +119,14 @@ def _newest_step(path: Path) -> Path:
 
 def _require_same(config: Config, stored: Config, where: str) -> None:
     train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
+    data = {name: getattr(config.data, name) for name in FREE_DATA_FIELDS}
     comparable = dataclasses.replace(
         stored,
         name=config.name,
         output_dir=config.output_dir,
         engine=dataclasses.replace(stored.engine, device=config.engine.device, threads=config.engine.threads),
         train=TrainConfig(**{**dataclasses.asdict(stored.train), **train}),
+        data=dataclasses.replace(stored.data, **data) if stored.data.source == config.data.source else stored.data,
     )
     differences = compare_configs(comparable, config)
     if differences:

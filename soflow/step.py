@@ -56,16 +56,20 @@ class TrainingStep:
         self.num_summed = 0
         self._weights = self._summing_weights(processes.world_size)
 
-    def __call__(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> None:
-        """Make the 0-based `step` on this process's samples, as `Source.read` gives them."""
-        batch = self.draw(mean, std, labels, step)
+    def __call__(
+        self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
+    ) -> None:
+        """Make the 0-based `step` on this process's samples, as a feeder gives them."""
+        batch = self.draw(mean, std, labels, step, augment_labels)
         self.optimizer.zero_grad(set_to_none=True)
         out: ObjectiveOutput = self.module(batch)
         (out.loss * self.loss_scale).backward()
         self.optimizer.step()
         self._accumulate(out)
 
-    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> Batch:
+    def draw(
+        self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
+    ) -> Batch:
         """Return the batch of the 0-based `step` on these samples, with the noise and times of that step."""
         config = self.config
         return sample_batch(
@@ -80,6 +84,7 @@ class TrainingStep:
             times=config.times,
             objective=config.objective,
             ops=self.ops,
+            augment_labels=augment_labels,
         )
 
     def _accumulate(self, out: ObjectiveOutput) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from soflow import checkpoint
 from soflow.config import Config, EngineConfig
-from soflow.data import Source, batch_indices, open_source
+from soflow.data import BatchOrder, Feeder, Source, open_feeder, open_source
 from soflow.distributed import Processes
 from soflow.ema import Ema
 from soflow.flow import SolutionFlow
@@ -64,6 +64,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema], shadows)
         computing = SolutionFlow(working, self.flow.path, self.flow.parameterization)
         self.step = TrainingStep(config, processes, computing, self.optimizer, self.ops)
+        order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.share.positions)
+        self.feeder = open_feeder(config.data, self.source, order, processes.device)
 
         self.finished = 0
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
@@ -80,7 +82,7 @@ class Trainer:
         train = self.config.train
         last = train.total_steps if until is None else min(until, train.total_steps)
         log = RunLog(self.folder.path, train.total_steps, self.finished) if self.processes.is_first else NullLog()
-        timer = _Timer(self.processes.device)
+        timer = _Timer(self.processes.device, self.feeder)
         try:
             with self._graceful_stop():
                 while self.finished < last and not self._should_stop():
@@ -100,19 +102,25 @@ class Trainer:
                 if self.finished < train.total_steps and self.finished % train.checkpoint_every:
                     self._save(log)
         finally:
+            self.feeder.close()
             log.close()
         return self.finished == train.total_steps
 
     def _train_step(self) -> None:
-        config = self.config
-        indices = batch_indices(len(self.source), config.train.batch_size, config.seed, self.finished)
-        self.step(*self.source.read(indices[list(self.step.share.positions)]), self.finished)
+        self.feeder.seek(self.finished)
+        rows = next(self.feeder)
+        self.step(rows.mean, rows.std, rows.labels, rows.step, rows.augment_labels)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
     # What happens between steps.
 
+    def _require_finite_data(self) -> None:
+        if self.processes.sum(self.feeder.nonfinite.float()).item():
+            raise self.feeder.fault()
+
     def _interval_means(self) -> dict[str, float]:
+        self._require_finite_data()
         *totals, skipped = self.processes.sum(self.step.sums).tolist()
         if skipped >= self.step.num_summed:
             raise DivergedError(
@@ -180,6 +188,7 @@ class Trainer:
             self.step.sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
 
     def _save(self, log: NullLog) -> None:
+        self._require_finite_data()
         sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
             raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")
@@ -229,13 +238,15 @@ class Trainer:
 class _Timer:
     """Seconds per step of the current interval, without what is not training."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, feeder: Feeder) -> None:
         self.device = device
+        self.feeder = feeder
         self.restart()
 
     def restart(self) -> None:
         self.steps = 0
         self.seconds = 0.0
+        self.waited_s = self.feeder.waited_s
         self.start = self._now()
 
     def count(self) -> None:
@@ -243,7 +254,8 @@ class _Timer:
 
     def rates(self, batch_size: int) -> dict[str, float]:
         seconds = (self.seconds + self._now() - self.start) / self.steps
-        rates = {"time/step_s": seconds, "throughput/images_per_s": batch_size / seconds}
+        waited_s = (self.feeder.waited_s - self.waited_s) / self.steps
+        rates = {"time/step_s": seconds, "time/data_s": waited_s, "throughput/images_per_s": batch_size / seconds}
         if self.device.type == "cuda":
             rates["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return rates

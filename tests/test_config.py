@@ -67,7 +67,6 @@ def test_sections_are_frozen(section):
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
-        (NetworkConfig, "network.name", "UNet"),
         (NetworkConfig, "network.input_size", 0),
         (NetworkConfig, "network.in_channels", 0),
         (NetworkConfig, "network.num_classes", -1),

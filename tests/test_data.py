@@ -107,7 +107,7 @@ def test_array_source_fingerprint_changes_with_every_part_of_the_contents() -> N
     ("images", "labels", "num_classes", "message"),
     [
         (torch.zeros(3, 4, 4), torch.zeros(3, dtype=torch.int64), None, r"images: got \(3, 4, 4\)"),
-        (torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), None, r"images: .*uint8"),
+        (torch.zeros(3, 1, 4, 4, dtype=torch.int16), torch.zeros(3, dtype=torch.int64), None, r"images: .*int16"),
         (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64), None, r"images: got \(0, 1, 4, 4\)"),
         (torch.full((3, 1, 2, 2), torch.nan), torch.zeros(3, dtype=torch.int64), None, "images: 3 hold NaN"),
         (

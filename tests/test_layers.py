@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 
 # The layer of each module of soflow; a package stands for all its modules, "" is soflow/__init__.py.
 LAYERS = {
-    1: {"kernels", "config", "paths", "times"},
-    2: {"draw", "flow", "guidance", "models", "objective", "precision", "sampling", ""},
+    1: {"kernels", "config", "paths", "streams", "times"},
+    2: {"augment", "draw", "flow", "guidance", "models", "objective", "precision", "sampling", ""},
     3: {
         "checkpoint",
         "config_file",

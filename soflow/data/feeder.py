@@ -41,6 +41,7 @@ class Rows:
 class Feeder(Iterator[Rows], abc.ABC):
     """Gives the rows of step `start`, `start` + 1, ... without end; `seek` goes elsewhere.
 
+    nonfinite: whether a batch since the last `seek` or `fault` held NaN or infinity; on the device.
     waited_s: seconds that the caller has waited for data so far.
     """
 
@@ -52,8 +53,8 @@ class Feeder(Iterator[Rows], abc.ABC):
         self.step = start
         self.waited_s = 0.0
         self._positions = torch.tensor(order.positions, device=device)
-        self._nonfinite = torch.zeros((), dtype=torch.bool, device=device)
-        self._checked = start
+        self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
+        self._clean = start
 
     def __next__(self) -> Rows:
         rows = self._read()
@@ -64,7 +65,7 @@ class Feeder(Iterator[Rows], abc.ABC):
         """Go on with the 0-based `step`."""
         if step != self.step:
             self.close()
-            self.step = self._checked = step
+            self.step = self._clean = step
 
     @abc.abstractmethod
     def _read(self) -> Rows:
@@ -74,35 +75,28 @@ class Feeder(Iterator[Rows], abc.ABC):
         """End what reads ahead; the next batch starts it again."""
         return None
 
-    def check(self) -> None:
-        """Raise DataError with the samples at fault if a batch since the last call held NaN or infinity.
-
-        Waits for the device: for logging steps, not for every step.
-        """
-        first, self._checked = self._checked, self.step
-        if self._nonfinite.item():
-            self._nonfinite.zero_()
-            raise DataError(
-                f"samples {self._find_nonfinite(first)} hold NaN or infinity (steps {first} to {self.step - 1}), "
-                "expected finite values: soflow inspect names the file"
-            )
-
-    def _find_nonfinite(self, first: int) -> str:
-        """The samples at fault since step `first`: the batches are read once more."""
-        found = []
-        for step in range(first, self.step):
+    def fault(self) -> DataError:
+        """Return an error that names the samples with NaN or infinity of the batches so far, which are read once more."""
+        found: set[int] = set()
+        for step in range(self._clean, self.step):
             indices = self.order.indices(step)
             mean, std, _ = self.source.read(indices)
             finite = _finite_rows(mean) if std is None else _finite_rows(mean) & _finite_rows(std)
-            found += indices[~finite.numpy()].tolist()
-        return ", ".join(map(str, sorted(set(found))[:20]))
+            found.update(indices[~finite.numpy()].tolist())
+        steps = f"steps {self._clean} to {self.step - 1}"
+        self._clean = self.step
+        self.nonfinite.zero_()
+        if not found:
+            return DataError(f"{steps}: another process read NaN or infinity, expected finite data")
+        numbers = ", ".join(map(str, sorted(found)[:20]))
+        return DataError(f"samples {numbers} hold NaN or infinity ({steps}), expected finite data: try soflow inspect")
 
     def _finish(self, step: int, indices: np.ndarray, stored: Tensor, labels: Tensor) -> Rows:
         mean, std = self.source.moments(stored)
         if not self.source.finite:
             for moment in (mean, std):
                 if moment is not None:
-                    self._nonfinite |= ~torch.isfinite(moment).all()
+                    self.nonfinite |= ~torch.isfinite(moment).all()
         augment_labels = None
         if self.augment_p > 0:
             draw = sample_augmentation(self.order.seed, step, self._positions, self.augment_p)
