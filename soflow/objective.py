@@ -21,7 +21,7 @@ class Batch:
 
     x_0, x_1: (B, C, H, W), data and noise.  t, l, s: (B,), s <= l < t; l and s are unused in velocity rows.
     labels: (B,) int64, or None for unconditional.  null_mask: (B,) bool, rows that train the null label.
-    augment_labels: (B, A), or None.  draw_keys: (B, 3) int64, what dropout masks are drawn from, see `Network`, or None.
+    augment_labels: (B, A), or None.  draw_keys: (B, 3) int64, see `Network`, or None.
     """
 
     x_0: Tensor
@@ -137,8 +137,8 @@ class Objective:
             return flow.network.forward_difference(x_t, dx, t, dt, s, labels, batch.augment_labels, batch.draw_keys)
         if flow.network.training and flow.network.dropout > 0 and batch.draw_keys is None:
             raise ValueError(
-                f"lookahead: got 'two_pass' with dropout {flow.network.dropout} and no draw_keys, expected 'difference': "
-                "two evaluations would draw two masks, where the slope needs the same"
+                f"lookahead: got 'two_pass' with dropout {flow.network.dropout} and no draw_keys, expected "
+                "'difference': two evaluations would draw two masks, where the slope needs the same"
             )
         F_t = flow.network(x_t, t, s, labels, batch.augment_labels, batch.draw_keys)
         with torch.no_grad():

@@ -39,7 +39,7 @@ LAYERS = {
         "vae",
     },
     4: {"run_folder", "step", "trainer"},
-    5: {"cli"},
+    5: {"arguments", "cli", "cli_data"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
 OUTSIDE = {"bench", "tests", "train"}

@@ -115,8 +115,13 @@ def _decode_python(content: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError) as error:
         raise DataError(f"{where}: expected a batch of the python version, but: {error}") from error
     data, labels = (batch.get(key) if isinstance(batch, dict) else None for key in (b"data", b"labels"))
-    shape = (len(labels), ROW_BYTES) if isinstance(labels, list) else None
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != shape or not shape[0]:
+    if (
+        not isinstance(data, np.ndarray)
+        or not isinstance(labels, list)
+        or data.dtype != np.uint8
+        or not labels
+        or data.shape != (len(labels), ROW_BYTES)
+    ):
         raise DataError(f"{where}: expected a dictionary of data, (N, {ROW_BYTES}) uint8, and a list of N labels")
     return data.reshape(-1, *IMAGE_SHAPE), np.array(labels)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from soflow.augment import augment, sample_augmentation
 from soflow.config import DataConfig
@@ -76,7 +77,7 @@ class Feeder(Iterator[Rows], abc.ABC):
         return None
 
     def fault(self) -> DataError:
-        """Return an error that names the samples with NaN or infinity of the batches so far, which are read once more."""
+        """Return an error that names the samples with NaN or infinity so far; reads the batches once more."""
         found: set[int] = set()
         for step in range(self._clean, self.step):
             indices = self.order.indices(step)
@@ -190,7 +191,7 @@ class DaliFeeder(Feeder):
             self._start()
         assert self._ring is not None
         before = self._ring.waited_s
-        stored, labels = (torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run())
+        stored, labels = (from_dlpack(output.as_tensor()) for output in self._pipeline.run())
         self.waited_s += self._ring.waited_s - before
         step, indices = self._fed.popleft()
         # Cloned, because DALI uses its memory again at its next run; moments() does the same for the samples.
@@ -223,7 +224,11 @@ class DaliFeeder(Feeder):
         with pipeline:
             ndim = len(self.source.stored_shape)
             outputs = fn.external_source(
-                source=feed, num_outputs=2, batch=True, dtype=[dtypes[self.source.stored_dtype], types.INT64], ndim=[ndim, 0]
+                source=feed,
+                num_outputs=2,
+                batch=True,
+                dtype=[dtypes[self.source.stored_dtype], types.INT64],
+                ndim=[ndim, 0],
             )
             pipeline.set_outputs(*(output.gpu() if on_gpu else output for output in outputs))
         pipeline.build()
@@ -250,7 +255,9 @@ def open_feeder(config: DataConfig, source: Source, order: BatchOrder, device: t
     if kind == "plain":
         return PlainFeeder(source, order, device, config.augment_p, start, config.prefetch)
     if not has_dali():
-        raise DataError("data.feeder: got 'dali', expected 'auto', 'plain' or 'resident', because DALI is not installed")
+        raise DataError(
+            "data.feeder: got 'dali', expected 'auto', 'plain' or 'resident', because DALI is not installed"
+        )
     return DaliFeeder(source, order, device, config.augment_p, start, config.prefetch)
 
 

@@ -125,7 +125,9 @@ def convert_hdf5(
             finite = np.isfinite(latents[start : start + len(chunk)]).reshape(len(chunk), -1).all(axis=1)
             if not finite.all():
                 first = chunk[int(np.argmin(finite))]
-                raise DataError(f"{source.path}: latents: row {first} is not finite in {dtype}, expected finite latents")
+                raise DataError(
+                    f"{source.path}: latents: row {first} is not finite in {dtype}, expected finite latents"
+                )
         writer.write_shard(number, latents, source.labels[torch.from_numpy(rows)].tolist(), [])
         progress(len(rows))
     writer.finish(max_bad=0)

@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class LatentWriter:
-    """Writes the shards of one plan to `root`. Raises DataError for a folder of another plan, OSError as the disk does."""
+    """Writes the shards of one plan to `root`; raises DataError for a folder of another plan, or what the disk does."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self.root = root
@@ -102,7 +102,9 @@ class LatentWriter:
                 with replacing(listing) as partial:
                     partial.write_bytes(b"".join(msgspec.json.encode(file) + b"\n" for file in bad))
             if len(bad) > max_bad:
-                raise DataError(f"{listing}: {len(bad)} files could not be encoded, expected at most {max_bad} (max_bad)")
+                raise DataError(
+                    f"{listing}: {len(bad)} files could not be encoded, expected at most {max_bad} (max_bad)"
+                )
             entries = [part.entry for part in parts if part.entry is not None]
             if len(entries) < len(parts):
                 raise DataError(f"{listing}: every file of a shard is in it, expected one that can be encoded")

@@ -57,7 +57,7 @@ def shard_name(number: int) -> str:
 
 
 def read_manifest(root: Path) -> tuple[Manifest, bytes]:
-    """Return the manifest of the folder `root`, and its text; DataError where it is missing, malformed or inconsistent."""
+    """Return the manifest of the folder `root`, and its text; DataError where it is missing or contradicts itself."""
     path = root / MANIFEST
     try:
         text = path.read_bytes()

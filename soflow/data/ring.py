@@ -53,7 +53,9 @@ class HostRing:
         try:
             item = self._ready.get(timeout=timeout_s)
         except queue.Empty:
-            raise DataError(f"the data of a step did not come within {timeout_s:.0f} s: is the storage alive?") from None
+            raise DataError(
+                f"the data of a step did not come within {timeout_s:.0f} s: is the storage alive?"
+            ) from None
         self.waited_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._ready.put(item)  # for whoever asks again: the thread is gone

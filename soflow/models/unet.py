@@ -131,8 +131,8 @@ class UNet(Network):
     channel_mult: widths over model_channels, one per resolution R, R / 2, R / 4, ...
     attn_resolutions: where every encoder block and the last decoder block have self-attention, as the first block of
     the decoder always has.
-    dropout: rate in training mode. Its masks depend on draw_keys alone; where these are None, they are drawn from torch's
-    global generator.
+    dropout: rate in training mode. Its masks depend on draw_keys alone; where these are None, they come from
+    torch's global generator.
     ops: `soflow.kernels` or `soflow.kernels.reference` (the default).
     Starts as DDPM++: Xavier uniform, biases zero, with LAST_GAIN and QKV_GAIN where these say so.
     Raises ValueError for a shape that does not fit together.
@@ -265,9 +265,7 @@ class UNet(Network):
         assert out.d is not None
         return out.x, out.d
 
-    def _run(
-        self, x: Pair, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None, draw_keys: Tensor | None
-    ) -> Pair:
+    def _run(self, x: Pair, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None, draw_keys: Tensor | None) -> Pair:
         ops = self.ops
         dropout = None
         if self.training and self.dropout > 0:
