@@ -137,7 +137,7 @@ class LatentWriter:
             if theirs != self.plan.contents:
                 raise DataError(f"{self._manifest}: got a finished folder of other contents; choose another folder")
         elif path.exists():
-            theirs, ours = msgspec.json.decode(path.read_bytes()), msgspec.to_builtins(self.plan)
+            theirs, ours = msgspec.json.decode(path.read_bytes()), msgspec.json.decode(msgspec.json.encode(self.plan))
             differences = [f"{key}: {theirs.get(key)!r}, {ours[key]!r}" for key in ours if theirs.get(key) != ours[key]]
             if differences:
                 raise DataError(
