@@ -125,14 +125,14 @@ def _summary(config: "Config", resume: Path | None) -> str:
 
     from soflow.data import open_source
     from soflow.distributed import resolve_device
-    from soflow.run_folder import build_flow, choose_ops, find_run
+    from soflow.run_folder import build_flow, find_run, training_ops
     from soflow.step import build_objective
     from soflow.trainer import require_matching_data
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)
     require_matching_data(config, source)
-    ops = choose_ops(config.engine.ops, device)
+    ops = training_ops(config, device)
     with torch.device("meta"):
         flow = build_flow(config.network, config.flow, ops)
     build_objective(config, ops)

@@ -10,7 +10,9 @@ from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
 from soflow.flow import SolutionFlow
-from soflow.objective import Batch, Objective, ObjectiveOutput
+from soflow.flow_matching import FlowMatching
+from soflow.meanflow import MeanFlow
+from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
 from soflow.times import gap_ratio
 
@@ -26,6 +28,8 @@ SUMMED = (
     "grad_norm",
     "skipped_steps",
 )
+# of ObjectiveConfig, and of every objective alike
+SHARED_FIELDS = ("cfg_scale", "cfg_decay_time", "mix_ratio", "loss_p", "loss_eps")
 
 
 class TrainingStep:
@@ -117,7 +121,7 @@ class TrainingStep:
 class _Losses(nn.Module):
     """Objective and flow as one module, because DDP hooks on forward."""
 
-    def __init__(self, flow: SolutionFlow, objective: Objective) -> None:
+    def __init__(self, flow: SolutionFlow, objective: GuidedObjective) -> None:
         super().__init__()
         self.flow = flow
         self.objective = objective
@@ -126,18 +130,15 @@ class _Losses(nn.Module):
         return self.objective(self.flow, batch)
 
 
-def build_objective(config: Config, ops: ModuleType) -> Objective:
+def build_objective(config: Config, ops: ModuleType) -> GuidedObjective:
     """Return the objective of a configuration."""
     objective = config.objective
-    return Objective(
-        cfg_scale=objective.cfg_scale,
-        cfg_decay_time=objective.cfg_decay_time,
-        mix_ratio=objective.mix_ratio,
-        loss_p=objective.loss_p,
-        loss_eps=objective.loss_eps,
-        lookahead=objective.lookahead,
-        ops=ops,
-    )
+    shared = {field: getattr(objective, field) for field in SHARED_FIELDS}
+    if objective.name == "meanflow":
+        return MeanFlow(**shared, ops=ops)
+    if objective.name == "flow_matching":
+        return FlowMatching(**shared, ops=ops)
+    return Objective(**shared, lookahead=objective.lookahead, ops=ops)
 
 
 def gap_ratio_at(config: Config, step: int) -> float:

@@ -25,9 +25,9 @@ from soflow.run_folder import (
     RunError,
     build_flow,
     checkpoint_meta,
-    choose_ops,
     find_run,
     require_own_checkpoint,
+    training_ops,
 )
 from soflow.sampling import sample, sample_noise
 from soflow.step import SUMMED, TrainingStep, gap_ratio_at
@@ -56,7 +56,7 @@ class Trainer:
         require_rows_for_all(config.train.batch_size, processes.world_size)
         configure_torch(config.engine)
 
-        self.ops = choose_ops(config.engine.ops, processes.device)
+        self.ops = training_ops(config, processes.device)
         self.flow = initial_flow(config, self.ops).to(processes.device)
         network = self.flow.network
         self.ema = Ema(config.ema, network)
@@ -144,7 +144,7 @@ class Trainer:
             labels = seeds // GRID_COLUMNS * max(num_classes // GRID_COLUMNS, 1)
         nfe = self.config.train.sample_nfe
         noise, renoise = sample_noise(seeds, (channels, height, width), nfe)
-        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization)
+        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization, self.flow.sampler)
         image = grid(to_uint8(sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)), GRID_COLUMNS)
         save_png(self.folder.samples / f"step-{self.finished:08d}.png", image)
         log.image(self.finished, "samples", image)

@@ -12,7 +12,7 @@ import torch
 from soflow import checkpoint
 from soflow.config import Config
 from soflow.distributed import Processes
-from soflow.run_folder import RunError
+from soflow.run_folder import RunError, load_flow
 from soflow.trainer import DivergedError, Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -246,3 +246,22 @@ def test_two_network_calls_per_step(tmp_path, monkeypatch):
 def test_sample_grids_are_drawn_from_the_average(tmp_path):
     trainer = train(tiny.config(tmp_path, "train.sample_every=4"))
     assert sorted(f.name for f in Path(trainer.folder.samples).iterdir()) == ["step-00000004.png", "step-00000008.png"]
+
+
+OBJECTIVES = {
+    "meanflow": ("flow.sampler=chain",),
+    "flow_matching": ("objective.fm_ratio=1", "flow.sampler=heun", "train.sample_nfe=2"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_objectives_train_resume_and_sample(tmp_path, name):
+    settings = (f"objective.name={name}", *OBJECTIVES[name], "train.sample_every=4")
+    whole = train(tiny.config(tmp_path / "whole", *settings))
+    config = tiny.config(tmp_path / "parts", *settings)
+    train(config, until=5)
+    resumed = train(config)
+    assert_same_state(resumed, whole)
+    assert len(list(whole.folder.samples.glob("*.png"))) == 2
+    flow, step = load_flow(whole.folder.path)
+    assert (flow.sampler, step) == (config.flow.sampler, 8)
