@@ -1,6 +1,6 @@
 """Images from noise, in one network call or a few."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -68,9 +68,9 @@ def sample(
                 x, _ = reference.interpolate(x, x_1, *path_coefficients(flow.path, t))
             x = flow.solve(x, t, times[-1], labels)
         return x
-    advance = {"chain": SolutionFlow.solve, "euler": _euler, "heun": _heun}[flow.sampler]
+    samplers: dict[str, Callable[..., Tensor]] = {"chain": SolutionFlow.solve, "euler": _euler, "heun": _heun}
     for t, s in pairwise(times):
-        x = advance(flow, x, t, s, labels)
+        x = samplers[flow.sampler](flow, x, t, s, labels)
     return x
 
 
