@@ -39,6 +39,10 @@ class MeanFlow(GuidedObjective):
         loss = (velocity_loss * nv + consistency_loss * (len(batch) - nv)) / len(batch)
         return ObjectiveOutput(loss, *velocity.unbind(), *consistency.unbind())
 
+    def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
+        """Return the operations of a step in forward calls of one row; the derivative of a row is two more."""
+        return super().step_calls(num_rows, num_velocity, conditional) + 2 * (num_rows - num_velocity)
+
     @torch.no_grad()
     def derivative(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v: Tensor) -> Tensor:
         """Return d F(x_t, t, s) / dt of the consistency rows, along v: (B - num_velocity, C, H, W), detached."""

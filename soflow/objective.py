@@ -88,6 +88,13 @@ class GuidedObjective(abc.ABC):
     def __call__(self, flow: SolutionFlow, batch: Batch) -> ObjectiveOutput:
         """Return the losses of `batch` under `flow`; shapes and rows as `Batch` says."""
 
+    def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
+        """Return the operations of a step of num_rows rows, in forward calls of one row; a backward call is two."""
+        calls = 3 * num_rows
+        if conditional and self.cfg_scale > 1.0:
+            calls += num_rows if self.mix_ratio == 1.0 else num_rows + num_rows - num_velocity
+        return calls
+
     def point(self, flow: SolutionFlow, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return x_t and its velocity v_t, (B, C, H, W)."""
         return self.ops.interpolate(batch.x_0, batch.x_1, *path_coefficients(flow.path, batch.t))
@@ -148,6 +155,10 @@ class Objective(GuidedObjective):
             F_t, dF, x_t, v, *_residual_terms(flow, batch, mix), self.loss_p, self.loss_eps
         )
         return ObjectiveOutput(loss, *statistics.flatten().unbind())
+
+    def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
+        """Return the operations of a step in forward calls of one row; the difference of a row is one more."""
+        return super().step_calls(num_rows, num_velocity, conditional) + num_rows - num_velocity
 
     def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
         """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""

@@ -51,7 +51,8 @@ class TrainingStep:
         batch_size = config.train.batch_size
         self.share = share_batch(batch_size, config.objective.fm_ratio, processes.rank, processes.world_size)
         self.positions = torch.tensor(self.share.positions, device=self.device)
-        self.module: nn.Module = _Losses(flow, build_objective(config, ops))
+        self.objective = build_objective(config, ops)
+        self.module: nn.Module = _Losses(flow, self.objective)
         if processes.world_size > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
@@ -85,6 +86,12 @@ class TrainingStep:
             objective=config.objective,
             ops=self.ops,
         )
+
+    def flops(self) -> int:
+        """Return the operations of a step of this process: matrix products of the model, nothing computed twice."""
+        conditional = self.config.network.num_classes > 0
+        rows = self.objective.step_calls(len(self.share), self.share.num_velocity, conditional)
+        return rows * self.flow.network.forward_flops()
 
     def _accumulate(self, out: ObjectiveOutput) -> None:
         norm = self.optimizer.grad_norm

@@ -32,6 +32,7 @@ LAYERS = {
         "ema",
         "images",
         "log",
+        "meters",
         "metrics",
         "monitor",
         "official_config",

@@ -92,6 +92,9 @@ class Growth(Network):
         self.calls += 1
         return self.scale * x
 
+    def forward_flops(self):
+        return 0
+
     def forward_difference(self, x, dx, t, dt, s, labels=None, augment_labels=None):
         return self.scale * x, dx
 

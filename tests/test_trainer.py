@@ -17,7 +17,7 @@ from soflow.trainer import DivergedError, Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 # timings differ between runs, everything else may not
-TIMINGS = ("time/step_s", "throughput/images_per_s")
+TIMINGS = ("time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib")
 
 
 def train(config: Config, until: int | None = None) -> Trainer:

@@ -208,6 +208,16 @@ class DiT(Network):
         assert out.d is not None
         return out.x, out.d
 
+    def forward_flops(self) -> int:
+        """Return the operations of `forward` on one row: its matrix products, a product-sum being two."""
+        tokens, hidden = self.pos_embed.shape[1:]
+        mlp = self.blocks[0].mlp.fc1.out_features
+        patch = self.patch_size**2 * self.in_channels
+        time_embedder = NUM_TIME_FEATURES * hidden + hidden**2
+        block = tokens * (4 * hidden**2 + 2 * hidden * mlp + 2 * tokens * hidden) + 6 * hidden**2
+        final = tokens * hidden * patch + 2 * hidden**2
+        return 2 * (tokens * patch * hidden + 2 * time_embedder + len(self.blocks) * block + final)
+
     def _run(self, x: Pair, t: Pair, t_minus_s: Pair, labels: Tensor | None) -> Pair:
         ops = self.ops
         if labels is None:

@@ -29,6 +29,10 @@ class Network(nn.Module, abc.ABC):
         """Return F(x, t, s, labels), of the shape of x."""
 
     @abc.abstractmethod
+    def forward_flops(self) -> int:
+        """Return the operations of `forward` on one row: products and convolutions, a product-sum being two."""
+
+    @abc.abstractmethod
     def forward_difference(
         self,
         x: Tensor,
