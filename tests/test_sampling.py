@@ -95,6 +95,9 @@ class Growth(Network):
     def forward_flops(self):
         return 0
 
+    def bf16_modules(self):
+        return ()
+
     def forward_difference(self, x, dx, t, dt, s, labels=None, augment_labels=None):
         return self.scale * x, dx
 
