@@ -214,6 +214,7 @@ class TrainConfig:
 
     total_steps: Annotated[int, "optimizer steps; the gap schedule ends there"]
     batch_size: Annotated[int, "global batch, over all processes"]
+    accumulation: Annotated[int, "parts of a batch that go through the network one after the other, to save memory"] = 1
     log_every: Annotated[int, "steps per line of metrics.jsonl"] = 100
     sample_every: Annotated[int, "steps between sample grids; 0 draws none"] = 1000
     sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
@@ -221,7 +222,7 @@ class TrainConfig:
     keep_last: Annotated[int, "checkpoints to keep; 0 keeps all"] = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "log_every", "sample_nfe", "checkpoint_every"):
+        for name in ("total_steps", "batch_size", "accumulation", "log_every", "sample_nfe", "checkpoint_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("sample_every", "keep_last"):
             require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
@@ -239,6 +240,10 @@ class EngineConfig:
     ops: Annotated[
         Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU and for meanflow"
     ] = "auto"
+    recompute: Annotated[
+        Literal["none", "norms", "blocks"],
+        "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",
+    ] = "none"
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ class MeanFlow(GuidedObjective):
         with sdpa_kernel(SDPBackend.MATH):
             derivative: Tensor = torch.func.jvp(
                 lambda x, t: flow.network(x, t, batch.s[nv:], label, augment_label),
-                (x_t[nv:], batch.t[nv:]),
+                (x_t[nv:].clone(), batch.t[nv:].clone()),
                 (v[nv:], torch.ones_like(batch.t[nv:])),
             )[1]
         return derivative

@@ -10,13 +10,14 @@ import torch
 
 from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
-from soflow.config import Config, FlowConfig, NetworkConfig, TrainConfig
+from soflow.config import Config, EngineConfig, FlowConfig, NetworkConfig, TrainConfig
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.models import build_network
 
 # Settings that change what a run writes but not what it computes: they may differ when it is continued.
+FREE_ENGINE_FIELDS = ("device", "recompute", "threads")
 FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
 
 
@@ -122,11 +123,12 @@ def _newest_step(path: Path) -> Path:
 
 def _require_same(config: Config, stored: Config, where: str) -> None:
     train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
+    engine = {name: getattr(config.engine, name) for name in FREE_ENGINE_FIELDS}
     comparable = dataclasses.replace(
         stored,
         name=config.name,
         output_dir=config.output_dir,
-        engine=dataclasses.replace(stored.engine, device=config.engine.device, threads=config.engine.threads),
+        engine=EngineConfig(**{**dataclasses.asdict(stored.engine), **engine}),
         train=TrainConfig(**{**dataclasses.asdict(stored.train), **train}),
     )
     differences = compare_configs(comparable, config)

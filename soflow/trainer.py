@@ -5,32 +5,30 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TypeVar
 
 import torch
 
 from soflow import checkpoint
-from soflow.config import Config, EngineConfig
+from soflow.assembly import assemble
+from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import Source, batch_indices, open_source
 from soflow.distributed import Processes
-from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
+from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
-from soflow.optim import build_optimizer
-from soflow.precision import working_copy
 from soflow.run_folder import (
     RunError,
-    build_flow,
     checkpoint_meta,
     find_run,
     require_own_checkpoint,
     training_ops,
 )
 from soflow.sampling import sample, sample_noise
-from soflow.step import SUMMED, TrainingStep, gap_ratio_at
+from soflow.step import SUMMED, gap_ratio_at
 
 GRID_COLUMNS = 10
 
@@ -53,17 +51,14 @@ class Trainer:
         self.processes = processes
         self.source = open_source(config.data)
         require_matching_data(config, self.source)
-        require_rows_for_all(config.train.batch_size, processes.world_size)
+        require_rows_for_all(config.train, processes.world_size)
         configure_torch(config.engine)
 
         self.ops = training_ops(config, processes.device)
-        self.flow = initial_flow(config, self.ops).to(processes.device)
-        network = self.flow.network
-        self.ema = Ema(config.ema, network)
-        working, shadows = working_copy(network, config.engine.precision)
-        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema], shadows)
-        computing = SolutionFlow(working, self.flow.path, self.flow.parameterization)
-        self.step = TrainingStep(config, processes, computing, self.optimizer, self.ops)
+        if processes.device.type == "cuda":
+            total = torch.cuda.get_device_properties(processes.device).total_memory
+            require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
+        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
         self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
 
         self.finished = 0
@@ -108,7 +103,7 @@ class Trainer:
         config = self.config
         indices = batch_indices(len(self.source), config.train.batch_size, config.seed, self.finished)
         with self.meter.waiting():
-            samples = self.source.read(indices[list(self.step.share.positions)])
+            samples = self.source.read(indices[list(self.step.positions)])
         self.step(*samples, self.finished)
         self.finished += 1
 
@@ -229,13 +224,6 @@ class Trainer:
         return self.processes.sum(flag).item() > 0
 
 
-def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
-    """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return build_flow(config.network, config.flow, ops)
-
-
 def configure_torch(engine: EngineConfig) -> None:
     """Set the number of CPU threads, and whether float32 products on a GPU use TF32: process-wide.
 
@@ -276,7 +264,9 @@ def require_matching_data(config: Config, source: Source) -> None:
         )
 
 
-def require_rows_for_all(batch_size: int, world_size: int) -> None:
-    """Raise RunError unless every process gets a row of the global batch."""
-    if batch_size < world_size:
-        raise RunError(f"train.batch_size: got {batch_size}, expected at least {world_size}, the number of processes")
+def require_rows_for_all(train: TrainConfig, world_size: int) -> None:
+    """Raise RunError unless every process gets a row of the global batch for each of its parts."""
+    least = world_size * train.accumulation
+    if train.batch_size < least:
+        parts = "the number of processes" if train.accumulation == 1 else "processes times train.accumulation"
+        raise RunError(f"train.batch_size: got {train.batch_size}, expected at least {least}, {parts}")
