@@ -17,7 +17,7 @@ from soflow.kernels import reference
 from soflow.models import build_network
 
 # Settings that change what a run writes but not what it computes: they may differ when it is continued.
-FREE_ENGINE_FIELDS = ("device", "recompute", "threads")
+FREE_ENGINE_FIELDS = ("cuda_graph", "device", "recompute", "threads")
 FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
 
 
