@@ -9,8 +9,10 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     tests       tests/gpu under pytest
     sanitizer   compute-sanitizer (memcheck) on the smallest cases of the tests
     kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
+    attention   bench.attention: ours against PyTorch's backends, the joint call against two evaluations
     optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
-    training    the digits for a few hundred steps on the GPU: fused ops against the reference ops, losses and time
+    training    the digits for a few hundred steps on the GPU, losses and time: the fused ops, captured or not, and in
+                bf16, against the reference ops in float32
 
 Prints a short table last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when
 a stage failed, 2 where there is no GPU.
@@ -37,8 +39,14 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_steps=300", "train.sample_every=0")
-# the two trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
+# the trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
 TRAINING_TOLERANCE = 0.05
+TRAININGS = {
+    "reference": ("engine.ops=reference",),
+    "fused": ("engine.ops=fused", "engine.cuda_graph=off"),
+    "captured": ("engine.ops=fused",),
+    "bf16": ("engine.ops=fused", "engine.precision=bf16"),
+}
 # enough of the tests to run every kernel once, small enough for a tool that slows it a hundredfold
 SANITIZED = (
     "as_precise_as_eager and (2x3x24 or 5x2x3x7) and float32 or (random_numbers and normal)"
@@ -58,10 +66,21 @@ class Stage:
 
 
 def run(command: list[str], limit_s: int) -> tuple[int, str]:
-    """Return exit code and output (stdout and stderr together) of `command`, run at the root; 124 past the limit."""
+    """Return exit code and output (stdout and stderr together) of `command`, run at the root; 124 past the limit.
+
+    On the GPU, not in Triton's interpreter, whatever the environment says.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout or ""
@@ -129,6 +148,28 @@ def kernels() -> Stage:
     return Stage("kernels", "passed", f"{len(ratios)} rows, {slower} slower than torch.compile", figures=figures)
 
 
+def attention() -> Stage:
+    """Ours against PyTorch's backends, and the joint call against two evaluations."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "attention.json"
+        code, output = run([sys.executable, "-m", "bench.attention", "--quick", "--json", str(file)], limit_s=100)
+        print(output, flush=True)
+        if code != 0:
+            return Stage("attention", "failed", last_line(output))
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    ahead = []
+    for shape in {tuple(row["shape"]) for row in figures["attention"]}:
+        ms = {
+            row["way"]: row["both_ms"]
+            for row in figures["attention"]
+            if tuple(row["shape"]) == shape and "both_ms" in row
+        }
+        ours = ms.pop("ours")
+        ahead.append(f"{shape[1]}x{shape[3]} {min(ms.values()) / ours:.2f}" if ms else f"{shape[1]}x{shape[3]} alone")
+    detail = f"times the best of PyTorch: {', '.join(sorted(ahead))}"
+    return Stage("attention", "passed", detail, figures=figures)
+
+
 def optimizer() -> Stage:
     """The update of every model against PyTorch's, the official loop and apex."""
     if find_spec("_soflow_C") is None:
@@ -149,23 +190,24 @@ def optimizer() -> Stage:
 
 
 def training() -> Stage:
-    """The digits on the GPU, with fused ops and with the reference ops, from the same seed."""
+    """The digits on the GPU in several ways, from the same seed, against the reference ops."""
     missing = [name for name in ("msgspec", "ruamel.yaml", "safetensors", "sklearn") if find_spec(name) is None]
     if missing:
         return Stage("training", "skipped", f"not installed: {', '.join(missing)}")
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for ops in ("fused", "reference"):
-            overrides = [*TRAINING_OVERRIDES, f"engine.ops={ops}", f"name={ops}", f"output_dir={json.dumps(folder)}"]
-            code, output = run([sys.executable, "train.py", "configs/digits.yaml", *overrides], limit_s=90)
+        for name, settings in TRAININGS.items():
+            overrides = [*TRAINING_OVERRIDES, *settings, f"name={name}", f"output_dir={json.dumps(folder)}"]
+            code, output = run([sys.executable, "train.py", "configs/digits.yaml", *overrides], limit_s=60)
             if code != 0:
                 print(output[-4000:], flush=True)
-                return Stage("training", "failed", f"{ops}: {last_line(output)}")
-            lines = (Path(folder) / ops / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            figures[ops] = json.loads(lines[-1])
-    fused, eager = figures["fused"], figures["reference"]
-    apart = abs(fused["loss/velocity_mse"] / eager["loss/velocity_mse"] - 1)
-    detail = f"velocity mse {apart:.1%} apart, step {fused['time/step_s']:.4f} s against {eager['time/step_s']:.4f} s"
+                return Stage("training", "failed", f"{name}: {last_line(output)}")
+            lines = (Path(folder) / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            figures[name] = json.loads(lines[-1])
+    mse = {name: line["loss/velocity_mse"] for name, line in figures.items()}
+    apart = max(abs(value / mse["reference"] - 1) for value in mse.values())
+    seconds = ", ".join(f"{name} {line['time/step_s']:.4f}" for name, line in figures.items())
+    detail = f"velocity mse at most {apart:.1%} apart; seconds a step: {seconds}"
     return Stage("training", "passed" if apart < TRAINING_TOLERANCE else "failed", detail, figures=figures)
 
 
@@ -174,6 +216,7 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "tests": tests,
     "sanitizer": sanitizer,
     "kernels": kernels,
+    "attention": attention,
     "optimizer": optimizer,
     "training": training,
 }
@@ -207,7 +250,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: got no GPU, expected one: bench.gpu_gate runs what needs it", file=sys.stderr)
         return 2
-    os.environ.pop("TRITON_INTERPRET", None)
     stages = []
     for name in args.only or STAGES:
         print(f"== {name}", flush=True)

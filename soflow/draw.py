@@ -9,7 +9,7 @@ from torch import Tensor
 from soflow.config import ObjectiveConfig, TimesConfig
 from soflow.objective import Batch
 from soflow.streams import NULL_STREAM, TIME_STREAM
-from soflow.times import consistency_times, logit_normal, middle_time
+from soflow.times import consistency_times, logit_normal, middle_time, ordered_times
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def sample_batch(
     num_velocity: int,
     *,
     seed: int,
-    step: int,
-    r: float,
+    step: Tensor,
+    r: Tensor,
     times: TimesConfig,
     objective: ObjectiveConfig,
     ops: ModuleType,
@@ -60,17 +60,21 @@ def sample_batch(
     """Draw posterior, noise, times and null labels of the rows `positions` for (seed, step).
 
     mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
-    positions: (B,) int64, place of each row in the global batch.  r: the gap ratio of this step.
+    positions: (B,) int64, place of each row in the global batch.  step: int64 scalar.  r: fp32 scalar, its gap ratio.
     augment_labels: (B, A), or None.
+    Objective meanflow orders the draws of t and s, and its velocity rows take that t, as the paper has it.
     """
     seeds = torch.full_like(positions, seed)
-    steps = torch.full_like(positions, step)
-    x_0, x_1 = ops.draw(mean, std, seeds, steps, positions)
-    z = ops.normal(seeds, steps, TIME_STREAM, positions, 3)
-    t_velocity = logit_normal(z[:, 0], times.velocity_mean, times.velocity_std)
-    t, s = consistency_times(
-        logit_normal(z[:, 1], times.t_mean, times.t_std), logit_normal(z[:, 2], times.s_mean, times.s_std)
-    )
+    x_0, x_1 = ops.draw(mean, std, seeds, step, positions)
+    z = ops.normal(seeds, step, TIME_STREAM, positions, 3)
+    t_draw = logit_normal(z[:, 1], times.t_mean, times.t_std)
+    s_draw = logit_normal(z[:, 2], times.s_mean, times.s_std)
+    if objective.name == "meanflow":
+        t, s = ordered_times(t_draw, s_draw)
+        t_velocity = t
+    else:
+        t, s = consistency_times(t_draw, s_draw)
+        t_velocity = logit_normal(z[:, 0], times.velocity_mean, times.velocity_std)
     is_velocity = torch.arange(len(positions), device=positions.device) < num_velocity
     return Batch(
         x_0=x_0,
@@ -79,8 +83,8 @@ def sample_batch(
         l=middle_time(t, s, r),
         s=s,
         labels=labels,
-        null_mask=ops.uniform(seeds, steps, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
+        null_mask=ops.uniform(seeds, step, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
         num_velocity=num_velocity,
         augment_labels=augment_labels,
-        draw_keys=torch.stack((seeds, steps, positions), dim=1),
+        draw_keys=torch.stack((seeds, step.expand_as(positions), positions), dim=1),
     )

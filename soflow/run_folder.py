@@ -10,13 +10,14 @@ import torch
 
 from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
-from soflow.config import Config, FlowConfig, NetworkConfig, TrainConfig
+from soflow.config import Config, EngineConfig, FlowConfig, NetworkConfig, TrainConfig
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.models import build_network
 
 # Settings that change what a run writes but not what it computes: they may differ when it is continued.
+FREE_ENGINE_FIELDS = ("cuda_graph", "device", "recompute", "threads")
 FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
 # The data set is known by its fingerprint, wherever it lies and however it is read.
 FREE_DATA_FIELDS = ("root", "feeder", "prefetch")
@@ -79,10 +80,15 @@ def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device)
     return kernels if ops == "fused" else reference
 
 
+def training_ops(config: Config, device: torch.device) -> ModuleType:
+    """Return the ops a run trains with: as `choose_ops`, except that meanflow needs those that have a derivative."""
+    return reference if config.objective.name == "meanflow" else choose_ops(config.engine.ops, device)
+
+
 def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> SolutionFlow:
     """Build the network, which computes with `ops`, and the flow around it."""
     shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization)
+    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization, flow.sampler)
 
 
 def load_flow(
@@ -120,11 +126,12 @@ def _newest_step(path: Path) -> Path:
 def _require_same(config: Config, stored: Config, where: str) -> None:
     train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
     data = {name: getattr(config.data, name) for name in FREE_DATA_FIELDS}
+    engine = {name: getattr(config.engine, name) for name in FREE_ENGINE_FIELDS}
     comparable = dataclasses.replace(
         stored,
         name=config.name,
         output_dir=config.output_dir,
-        engine=dataclasses.replace(stored.engine, device=config.engine.device, threads=config.engine.threads),
+        engine=EngineConfig(**{**dataclasses.asdict(stored.engine), **engine}),
         train=TrainConfig(**{**dataclasses.asdict(stored.train), **train}),
         data=dataclasses.replace(stored.data, **data) if stored.data.source == config.data.source else stored.data,
     )

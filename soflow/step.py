@@ -1,16 +1,22 @@
 """One training step: draw, guide, look ahead, joint call, loss, backward, update; its statistics stay on the device."""
 
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow.capture import CapturedCall
 from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
 from soflow.flow import SolutionFlow
-from soflow.objective import Batch, Objective, ObjectiveOutput
+from soflow.flow_matching import FlowMatching
+from soflow.meanflow import MeanFlow
+from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
 from soflow.times import gap_ratio
 
@@ -26,11 +32,14 @@ SUMMED = (
     "grad_norm",
     "skipped_steps",
 )
+# of ObjectiveConfig, and of every objective alike
+SHARED_FIELDS = ("cfg_scale", "cfg_decay_time", "mix_ratio", "loss_p", "loss_eps")
 
 
 class TrainingStep:
-    """Trains `flow` by one global batch a call, of which this process has the rows `share`.
+    """Trains `flow` by one global batch a call, of which this process has the rows at `positions`.
 
+    The batch goes through the network in `train.accumulation` parts of which each has its share of both kinds of rows.
     flow: computes; its weights, or those that shadow them, are the ones that `optimizer` moves.
     sums: of the statistics `SUMMED` over the steps since they were last zeroed, weighted so that the sum over all
     processes is that of the global batch, (9,) float64 on the device; `num_summed` counts those steps.
@@ -44,85 +53,139 @@ class TrainingStep:
         self.optimizer = optimizer
         self.ops = ops
         self.device = processes.device
-        batch_size = config.train.batch_size
-        self.share = share_batch(batch_size, config.objective.fm_ratio, processes.rank, processes.world_size)
-        self.positions = torch.tensor(self.share.positions, device=self.device)
-        self.module: nn.Module = _Losses(flow, build_objective(config, ops))
-        if processes.world_size > 1:
+        num_parts, world_size = config.train.accumulation, processes.world_size
+        # as if each part were a process of its own: together they have the rows of this process
+        self.parts = [
+            _Part(config, processes.rank * num_parts + part, world_size * num_parts, self.device)
+            for part in range(num_parts)
+        ]
+        self.positions = tuple(position for part in self.parts for position in part.share.positions)
+        self.objective = build_objective(config, ops)
+        self.module: nn.Module = _Losses(flow, self.objective)
+        if world_size > 1:
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
-        self.loss_scale = len(self.share) / batch_size * processes.world_size
+        self.loss_scales = [len(part.share) / config.train.batch_size * world_size for part in self.parts]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         self.num_summed = 0
-        self._weights = self._summing_weights(processes.world_size)
+        self._norm_weight = 1.0 / world_size
+        self._train: Callable[..., None] = self._train_on
+        if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
+            self._train = CapturedCall(self._train_on, optimizer.prepare)
 
     def __call__(
         self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
     ) -> None:
-        """Make the 0-based `step` on this process's samples, as a feeder gives them."""
-        batch = self.draw(mean, std, labels, step, augment_labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        out: ObjectiveOutput = self.module(batch)
-        (out.loss * self.loss_scale).backward()
-        self.optimizer.step()
-        self._accumulate(out)
-
-    def draw(
-        self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
-    ) -> Batch:
-        """Return the batch of the 0-based `step` on these samples, with the noise and times of that step."""
-        config = self.config
-        return sample_batch(
-            mean.to(self.device),
-            None if std is None else std.to(self.device),
-            labels.to(self.device) if config.network.num_classes else None,
-            self.positions,
-            self.share.num_velocity,
-            seed=config.seed,
-            step=step,
-            r=gap_ratio_at(config, step),
-            times=config.times,
-            objective=config.objective,
-            ops=self.ops,
-            augment_labels=augment_labels,
-        )
-
-    def _accumulate(self, out: ObjectiveOutput) -> None:
-        norm = self.optimizer.grad_norm
-        values = (
-            out.loss.detach(),
-            out.velocity_loss,
-            out.velocity_mse,
-            out.velocity_weight,
-            out.consistency_loss,
-            out.consistency_mse,
-            out.consistency_weight,
-            norm,
-            torch.zeros_like(norm),
-        )
-        row = torch.stack(values).double()
-        if self.config.optim.nonfinite == "skip":
-            skipped = torch.zeros_like(row)
-            skipped[-1] = 1.0
-            row = torch.where(torch.isfinite(norm), row, skipped)
-        self.sums += row * self._weights
+        """Make the 0-based `step` on this process's samples, those at `positions`, as a feeder gives them."""
+        rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels, augment_labels))
+        self._train(*rows, *self.clock(step))
         self.num_summed += 1
 
-    def _summing_weights(self, world_size: int) -> Tensor:
-        """This process's share of each summed mean: of all rows, velocity rows, consistency rows, the norm, skips."""
-        batch_size, share = self.config.train.batch_size, self.share
-        num_velocity = int(self.config.objective.fm_ratio * batch_size)
-        rows = len(share) / batch_size
-        velocity = share.num_velocity / max(num_velocity, 1)
-        consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, *(1.0 / world_size,) * 2)
-        return torch.tensor(weights, dtype=torch.float64, device=self.device)
+    def clock(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return what changes from step to step, on the device: its number, int64, and the gap ratio r, fp32."""
+        r = gap_ratio_at(self.config, step)
+        return torch.full((), step, device=self.device), torch.full((), r, dtype=torch.float32, device=self.device)
+
+    def _train_on(
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        labels: Tensor,
+        augment_labels: Tensor | None,
+        step: Tensor,
+        r: Tensor,
+    ) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(self.draw(mean, std, labels, step, r, augment_labels)):
+            # the last part alone sends gradients to the other processes
+            together = index == len(self.parts) - 1 or not isinstance(self.module, DistributedDataParallel)
+            with nullcontext() if together else self.module.no_sync():  # type: ignore[operator]
+                out: ObjectiveOutput = self.module(batch)
+                (out.loss * self.loss_scales[index]).backward()
+            means += _statistics(out) * self.parts[index].weights
+        self.optimizer.step()
+        self._accumulate(means)
+
+    def draw(
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        labels: Tensor,
+        step: Tensor,
+        r: Tensor,
+        augment_labels: Tensor | None = None,
+    ) -> Iterator[Batch]:
+        """Yield the parts of the batch of the step whose `clock` is given, with its noise and times."""
+        config, first = self.config, 0
+        for part in self.parts:
+            rows = slice(first, first + len(part.share))
+            first = rows.stop
+            yield sample_batch(
+                mean[rows],
+                None if std is None else std[rows],
+                labels[rows] if config.network.num_classes else None,
+                part.positions,
+                part.share.num_velocity,
+                seed=config.seed,
+                step=step,
+                r=r,
+                times=config.times,
+                objective=config.objective,
+                ops=self.ops,
+                augment_labels=None if augment_labels is None else augment_labels[rows],
+            )
+
+    def flops(self) -> int:
+        """Return the operations of a step of this process: matrix products of the model, nothing computed twice."""
+        conditional = self.config.network.num_classes > 0
+        shares = (part.share for part in self.parts)
+        calls = sum(self.objective.step_calls(len(share), share.num_velocity, conditional) for share in shares)
+        return calls * self.flow.network.forward_flops()
+
+    def _accumulate(self, means: Tensor) -> None:
+        norm = self.optimizer.grad_norm.double()
+        row = torch.cat((means, torch.stack((norm, torch.zeros_like(norm))) * self._norm_weight))
+        if self.config.optim.nonfinite == "skip":
+            skipped = torch.zeros_like(row)
+            skipped[-1] = self._norm_weight
+            row = torch.where(torch.isfinite(norm), row, skipped)
+        self.sums += row
+
+
+class _Part:
+    """Rows of the global batch that go through the network at once, and their weights in its statistics."""
+
+    def __init__(self, config: Config, index: int, num_parts: int, device: torch.device) -> None:
+        batch_size, fm_ratio = config.train.batch_size, config.objective.fm_ratio
+        self.share = share_batch(batch_size, fm_ratio, index, num_parts)
+        self.positions = torch.tensor(self.share.positions, device=device)
+        num_velocity = int(fm_ratio * batch_size)
+        rows = len(self.share) / batch_size
+        velocity = self.share.num_velocity / max(num_velocity, 1)
+        consistency = (len(self.share) - self.share.num_velocity) / max(batch_size - num_velocity, 1)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 3)
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
+
+
+def _statistics(out: ObjectiveOutput) -> Tensor:
+    """The values of SUMMED that an objective gives."""
+    values = (
+        out.loss.detach(),
+        out.velocity_loss,
+        out.velocity_mse,
+        out.velocity_weight,
+        out.consistency_loss,
+        out.consistency_mse,
+        out.consistency_weight,
+    )
+    return torch.stack(values).double()
 
 
 class _Losses(nn.Module):
     """Objective and flow as one module, because DDP hooks on forward."""
 
-    def __init__(self, flow: SolutionFlow, objective: Objective) -> None:
+    def __init__(self, flow: SolutionFlow, objective: GuidedObjective) -> None:
         super().__init__()
         self.flow = flow
         self.objective = objective
@@ -131,18 +194,31 @@ class _Losses(nn.Module):
         return self.objective(self.flow, batch)
 
 
-def build_objective(config: Config, ops: ModuleType) -> Objective:
+def build_objective(config: Config, ops: ModuleType) -> GuidedObjective:
     """Return the objective of a configuration."""
     objective = config.objective
-    return Objective(
-        cfg_scale=objective.cfg_scale,
-        cfg_decay_time=objective.cfg_decay_time,
-        mix_ratio=objective.mix_ratio,
-        loss_p=objective.loss_p,
-        loss_eps=objective.loss_eps,
-        lookahead=objective.lookahead,
-        ops=ops,
-    )
+    shared = {field: getattr(objective, field) for field in SHARED_FIELDS}
+    if objective.name == "meanflow":
+        return MeanFlow(**shared, ops=ops)
+    if objective.name == "flow_matching":
+        return FlowMatching(**shared, ops=ops)
+    return Objective(**shared, lookahead=objective.lookahead, ops=ops)
+
+
+def choose_capture(
+    cuda_graph: Literal["auto", "on", "off"], device: torch.device, world_size: int, optimizer: Optimizer
+) -> bool:
+    """Return whether a step is captured as a CUDA graph; ValueError where `on` asks for what cannot be."""
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = "the run is not on a GPU"
+    elif world_size > 1:
+        obstacle = "several processes exchange gradients, which is not captured yet"
+    elif optimizer.backend != "fused":
+        obstacle = f"the optimizer's backend {optimizer.backend} counts its steps on the host"
+    if cuda_graph == "on" and obstacle is not None:
+        raise ValueError(f"engine.cuda_graph: got 'on', expected 'auto' or 'off', because {obstacle}")
+    return cuda_graph != "off" and obstacle is None
 
 
 def gap_ratio_at(config: Config, step: int) -> float:

@@ -2,35 +2,33 @@
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TypeVar
 
 import torch
 
 from soflow import checkpoint
-from soflow.config import Config, EngineConfig
-from soflow.data import BatchOrder, Feeder, Source, open_feeder, open_source
+from soflow.assembly import assemble
+from soflow.config import Config, EngineConfig, TrainConfig
+from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Processes
-from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
-from soflow.optim import build_optimizer
-from soflow.precision import working_copy
+from soflow.memory import require_memory
+from soflow.meters import Meter, peak_flops
 from soflow.run_folder import (
     RunError,
-    build_flow,
     checkpoint_meta,
-    choose_ops,
     find_run,
     require_own_checkpoint,
+    training_ops,
 )
 from soflow.sampling import sample, sample_noise
-from soflow.step import SUMMED, TrainingStep, gap_ratio_at
+from soflow.step import SUMMED, gap_ratio_at
 
 GRID_COLUMNS = 10
 
@@ -53,19 +51,17 @@ class Trainer:
         self.processes = processes
         self.source = open_source(config.data)
         require_matching_data(config, self.source)
-        require_rows_for_all(config.train.batch_size, processes.world_size)
+        require_rows_for_all(config.train, processes.world_size)
         configure_torch(config.engine)
 
-        self.ops = choose_ops(config.engine.ops, processes.device)
-        self.flow = initial_flow(config, self.ops).to(processes.device)
-        network = self.flow.network
-        self.ema = Ema(config.ema, network)
-        working, shadows = working_copy(network, config.engine.precision)
-        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema], shadows)
-        computing = SolutionFlow(working, self.flow.path, self.flow.parameterization)
-        self.step = TrainingStep(config, processes, computing, self.optimizer, self.ops)
-        order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.share.positions)
+        self.ops = training_ops(config, processes.device)
+        if processes.device.type == "cuda":
+            total = torch.cuda.get_device_properties(processes.device).total_memory
+            require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
+        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
+        order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.positions)
         self.feeder = open_feeder(config.data, self.source, order, processes.device)
+        self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
 
         self.finished = 0
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
@@ -82,22 +78,22 @@ class Trainer:
         train = self.config.train
         last = train.total_steps if until is None else min(until, train.total_steps)
         log = RunLog(self.folder.path, train.total_steps, self.finished) if self.processes.is_first else NullLog()
-        timer = _Timer(self.processes.device, self.feeder)
+        self.meter.restart()
         try:
             with self._graceful_stop():
                 while self.finished < last and not self._should_stop():
                     self._train_step()
-                    timer.count()
+                    self.meter.count()
                     log.advance(self.finished)
                     done = self.finished == train.total_steps
                     if self.finished % train.log_every == 0 or done:
-                        log.interval(self.finished, self._interval_means() | timer.rates(train.batch_size))
-                        timer.restart()
+                        log.interval(self.finished, self._interval_means() | self.meter.read())
+                        self.meter.restart()
                     if train.sample_every and (self.finished % train.sample_every == 0 or done):
-                        with timer.paused():
+                        with self.meter.paused():
                             self._draw_samples(log)
                     if self.finished % train.checkpoint_every == 0 or done:
-                        with timer.paused():
+                        with self.meter.paused():
                             self._save(log)
                 if self.finished < train.total_steps and self.finished % train.checkpoint_every:
                     self._save(log)
@@ -108,7 +104,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         self.feeder.seek(self.finished)
-        rows = next(self.feeder)
+        with self.meter.waiting():
+            rows = next(self.feeder)
         self.step(rows.mean, rows.std, rows.labels, rows.step, rows.augment_labels)
         self.finished += 1
 
@@ -152,7 +149,7 @@ class Trainer:
             labels = seeds // GRID_COLUMNS * max(num_classes // GRID_COLUMNS, 1)
         nfe = self.config.train.sample_nfe
         noise, renoise = sample_noise(seeds, (channels, height, width), nfe)
-        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization)
+        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization, self.flow.sampler)
         image = grid(to_uint8(sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)), GRID_COLUMNS)
         save_png(self.folder.samples / f"step-{self.finished:08d}.png", image)
         log.image(self.finished, "samples", image)
@@ -235,50 +232,6 @@ class Trainer:
         return self.processes.sum(flag).item() > 0
 
 
-class _Timer:
-    """Seconds per step of the current interval, without what is not training."""
-
-    def __init__(self, device: torch.device, feeder: Feeder) -> None:
-        self.device = device
-        self.feeder = feeder
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps = 0
-        self.seconds = 0.0
-        self.waited_s = self.feeder.waited_s
-        self.start = self._now()
-
-    def count(self) -> None:
-        self.steps += 1
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        seconds = (self.seconds + self._now() - self.start) / self.steps
-        waited_s = (self.feeder.waited_s - self.waited_s) / self.steps
-        rates = {"time/step_s": seconds, "time/data_s": waited_s, "throughput/images_per_s": batch_size / seconds}
-        if self.device.type == "cuda":
-            rates["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return rates
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.seconds += self._now() - self.start
-        yield
-        self.start = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
-    """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return build_flow(config.network, config.flow, ops)
-
-
 def configure_torch(engine: EngineConfig) -> None:
     """Set the number of CPU threads, and whether float32 products on a GPU use TF32: process-wide.
 
@@ -288,6 +241,13 @@ def configure_torch(engine: EngineConfig) -> None:
     torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
+
+
+def device_peak(config: Config, processes: Processes) -> float | None:
+    """Return the peak of matrix products of this process's GPU in the run's precision; None where it is not known."""
+    if processes.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(processes.device), config.engine.precision)
 
 
 def require_matching_data(config: Config, source: Source) -> None:
@@ -312,7 +272,9 @@ def require_matching_data(config: Config, source: Source) -> None:
         )
 
 
-def require_rows_for_all(batch_size: int, world_size: int) -> None:
-    """Raise RunError unless every process gets a row of the global batch."""
-    if batch_size < world_size:
-        raise RunError(f"train.batch_size: got {batch_size}, expected at least {world_size}, the number of processes")
+def require_rows_for_all(train: TrainConfig, world_size: int) -> None:
+    """Raise RunError unless every process gets a row of the global batch for each of its parts."""
+    least = world_size * train.accumulation
+    if train.batch_size < least:
+        parts = "the number of processes" if train.accumulation == 1 else "processes times train.accumulation"
+        raise RunError(f"train.batch_size: got {train.batch_size}, expected at least {least}, {parts}")

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from bench import gpu_gate, kernels
+from bench import attention, gpu_gate, kernels
 from bench.gpu_gate import Stage
 
 
@@ -17,7 +17,7 @@ def pretended_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("module", [gpu_gate, kernels])
+@pytest.mark.parametrize("module", [attention, gpu_gate, kernels])
 def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__])
     assert module.main() == 2
@@ -56,9 +56,9 @@ def test_a_command_keeps_its_exit_code_and_output():
 
 
 def test_training_stage_compares_fused_with_reference(monkeypatch, tmp_path):
-    """The very stage, but for its device and length: on the CPU both ops are the reference."""
+    """The very stage, but for its device and length: on the CPU all ops are the reference."""
     overrides = ("engine.device=cpu", "train.total_steps=2", "train.log_every=1", "train.sample_every=0")
     monkeypatch.setattr(gpu_gate, "TRAINING_OVERRIDES", overrides)
     stage = gpu_gate.training()
     assert stage.status == "passed", stage.detail
-    assert stage.figures.keys() == {"fused", "reference"}
+    assert stage.figures.keys() == set(gpu_gate.TRAININGS)

@@ -268,17 +268,3 @@ def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(DataError, match=r"train.batch_size: got 12, expected at most the 5 samples"):
         next(feeder)
     feeder.close()
-
-
-def test_waiting_is_counted():
-    class Slow(ArraySource):
-        in_memory = False
-
-        def gather(self, indices, out):
-            time.sleep(0.05)
-            super().gather(indices, out)
-
-    source = Slow(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
-    feeder = open_feeder(settings("plain"), source, order(source), CPU)
-    take(feeder, 4)
-    assert 0.05 <= feeder.waited_s <= 5

@@ -22,7 +22,20 @@ ROOT = Path(__file__).parents[1]
 # The layer of each module of soflow; a package stands for all its modules, "" is soflow/__init__.py.
 LAYERS = {
     1: {"kernels", "config", "paths", "streams", "times"},
-    2: {"augment", "draw", "flow", "guidance", "models", "objective", "precision", "sampling", ""},
+    2: {
+        "augment",
+        "capture",
+        "draw",
+        "flow",
+        "flow_matching",
+        "guidance",
+        "meanflow",
+        "models",
+        "objective",
+        "precision",
+        "sampling",
+        "",
+    },
     3: {
         "checkpoint",
         "config_file",
@@ -32,13 +45,14 @@ LAYERS = {
         "ema",
         "images",
         "log",
+        "meters",
         "metrics",
         "monitor",
         "official_config",
         "optim",
         "vae",
     },
-    4: {"run_folder", "step", "trainer"},
+    4: {"assembly", "memory", "run_folder", "step", "trainer"},
     5: {"arguments", "cli", "cli_data"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}

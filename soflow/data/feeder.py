@@ -7,7 +7,6 @@
 import abc
 import collections
 import importlib.util
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,7 +42,6 @@ class Feeder(Iterator[Rows], abc.ABC):
     """Gives the rows of step `start`, `start` + 1, ... without end; `seek` goes elsewhere.
 
     nonfinite: whether a batch since the last `seek` or `fault` held NaN or infinity; on the device.
-    waited_s: seconds that the caller has waited for data so far.
     """
 
     def __init__(self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int) -> None:
@@ -52,7 +50,6 @@ class Feeder(Iterator[Rows], abc.ABC):
         self.device = device
         self.augment_p = augment_p
         self.step = start
-        self.waited_s = 0.0
         self._positions = torch.tensor(order.positions, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
         self._clean = start
@@ -115,13 +112,11 @@ class ResidentFeeder(Feeder):
         self._stored, self._labels = stored.to(device), source.labels.to(device)
 
     def _read(self) -> Rows:
-        start = time.perf_counter()
         indices = self.order.indices(self.step)
         # Non-blocking, and pinned where that makes a difference: a step must not wait for the device.
         rows = torch.from_numpy(indices)
         rows = rows.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else rows
         stored, labels = self._stored.index_select(0, rows), self._labels.index_select(0, rows)
-        self.waited_s += time.perf_counter() - start
         return self._finish(self.step, indices, stored, labels)
 
 
@@ -142,9 +137,7 @@ class PlainFeeder(Feeder):
             # One buffer more than is read ahead: the one whose copy is under way.
             self._ring = HostRing(self.source, self.order, self.step, self._depth + 1, pinned=on_gpu)
         self._reuse_copied()
-        before = self._ring.waited_s
         slot = self._ring.take()
-        self.waited_s += self._ring.waited_s - before
         step, indices = slot.step, slot.indices
         if not on_gpu:
             rows = self._finish(step, indices, slot.stored, slot.labels.clone())
@@ -190,9 +183,7 @@ class DaliFeeder(Feeder):
         if self._ring is None:
             self._start()
         assert self._ring is not None
-        before = self._ring.waited_s
         stored, labels = (from_dlpack(output.as_tensor()) for output in self._pipeline.run())
-        self.waited_s += self._ring.waited_s - before
         step, indices = self._fed.popleft()
         # Cloned, because DALI uses its memory again at its next run; moments() does the same for the samples.
         return self._finish(step, indices, stored, labels.clone())

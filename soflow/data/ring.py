@@ -2,7 +2,6 @@
 
 import queue
 import threading
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +32,6 @@ class HostRing:
     """
 
     def __init__(self, source: Source, order: BatchOrder, start: int, depth: int, pinned: bool) -> None:
-        self.waited_s = 0.0
         self._source = source
         self._order = order
         self._next = start
@@ -49,14 +47,12 @@ class HostRing:
 
     def take(self, timeout_s: float = TIMEOUT_S) -> Slot:
         """Return the next batch; `give_back` it soon. Raises what the thread did, or DataError after `timeout_s`."""
-        start = time.perf_counter()
         try:
             item = self._ready.get(timeout=timeout_s)
         except queue.Empty:
             raise DataError(
                 f"the data of a step did not come within {timeout_s:.0f} s: is the storage alive?"
             ) from None
-        self.waited_s += time.perf_counter() - start
         if isinstance(item, BaseException):
             self._ready.put(item)  # for whoever asks again: the thread is gone
             raise item
