@@ -2,8 +2,8 @@
 
     python -m bench.encode [--images N] [--device cpu|cuda] [--json FILE]
 
-The images are of 500 x 375 pixels, as ImageNet's mostly are, cropped to 256. `pillow` decodes and crops (by Pillow) in a
-thread per core, which it frees for each other; `ours` is what `soflow encode` does before the VAE: DALI where it is
+The images are of 500 x 375 pixels, as ImageNet's mostly are, cropped to 256. `pillow` decodes and crops in a thread
+per core, which run at once; `ours` is what `soflow encode` does before the VAE: DALI where it is
 installed, and the crop on the device. The crops are compared first. Prints a table, then one line of JSON.
 """
 

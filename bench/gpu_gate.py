@@ -12,8 +12,8 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     attention   bench.attention: ours against PyTorch's backends, the joint call against two evaluations
     optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
     training    the digits for a few hundred steps on the GPU, losses and time: the fused ops, captured or not, and in
-    data        bench.data and bench.encode: waiting for data behind DiT-B/2, decoding against Pillow
                 bf16, against the reference ops in float32
+    data        bench.data and bench.encode: waiting for data behind DiT-B/2, decoding against Pillow
 
 Prints a short table last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when
 a stage failed, 2 where there is no GPU.
