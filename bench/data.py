@@ -5,7 +5,7 @@
 official: an HDF5 file of float32, read sample by sample by a Dataset behind a DataLoader with 0 and 2 workers (made
 here in that layout). Ours: `plain` and `dali` on shards of float16 and float32. All hold the same samples and give mean
 and standard deviation in float32 on the device, scaled, with labels. Each runs in a process of its own, in two rounds
-of opposite order, files in the page cache. Columns:
+of opposite order, after an epoch to warm up. Columns:
 
     samples/s    of an idle consumer, the median of both rounds; ratio: over the faster official loader
     cpu us       processor time of all processes and threads, per sample
@@ -173,8 +173,9 @@ def measure(loader: str, root: Path, device: torch.device, seconds: float) -> Me
     torch.set_num_threads(1)
     torch.zeros(1, device=device)
     before = private_mib()
+    warmup = json.loads((root / "float16" / "manifest.json").read_text())["n"] // BATCH
     stream = batches(loader, root, device)
-    for _ in range(12):
+    for _ in range(warmup):
         next(stream)
     synchronize(device)
     start, cpu, count = time.perf_counter(), cpu_seconds(), 0

@@ -25,7 +25,8 @@ LATENT_SCALE = 0.18215
 
 def latent_moments(stored: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation times LATENT_SCALE, (B, C, H, W) fp32, of stored latents (B, 2 C, H, W)."""
-    mean, std = torch.mul(stored.to(torch.float32), LATENT_SCALE).chunk(2, dim=1)
+    scaled = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
+    mean, std = scaled.copy_(stored).mul_(LATENT_SCALE).chunk(2, dim=1)
     return mean, std
 
 
