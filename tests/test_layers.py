@@ -174,7 +174,8 @@ def test_only_layer_4_chooses_kernels(module: str):
 
 def test_third_party_imports_are_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["gpu"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["gpu"] + extras["latents"]
     declared = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in requirements}
     used = set().union(*map(third_party, IMPORTS.values())) - OF_KERNELS
     assert {DISTRIBUTIONS.get(name, name) for name in used} <= declared
