@@ -69,7 +69,14 @@ def refusal(capsys, *argv: object) -> str:
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
-    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["train", "sample", "doctor"]
+    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == [
+        "train",
+        "sample",
+        "encode",
+        "convert",
+        "inspect",
+        "doctor",
+    ]
 
 
 def test_help_of_train_lists_every_field_with_type_default_and_help(capsys):
@@ -93,7 +100,8 @@ def test_wrong_usage(capsys, argv):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["train", "--help"], ["sample", "--help"], ["train", "{}", "--print-config"]]
+    "argv",
+    [["--help"], ["train", "--help"], ["sample", "--help"], ["encode", "--help"], ["train", "{}", "--print-config"]],
 )
 def test_torch_is_not_imported_where_it_is_not_needed(recipe, argv):
     code = "import sys; sys.modules['torch'] = None; from soflow.cli import main; sys.exit(main(sys.argv[1:]))"
