@@ -13,7 +13,8 @@ of opposite order, after an epoch to warm up. Columns:
     waiting      share of the time that a consumer waits which computes 20 ms per batch; on a GPU, forward and backward
                  of DiT-B/2 in TF32, which is less than a step and so the harder case
 
-Prints a table, then one line of JSON.
+Prints a table, then one line of JSON, with the machine's load over five minutes: where others compute too, processor
+time says more than samples/s.
 """
 
 import argparse
@@ -247,7 +248,7 @@ def main() -> int:
     if args.one is not None:
         print(json.dumps(asdict(measure(args.one, args.root, torch.device(args.device), args.seconds))))
         return 0
-    rows = compare(args.samples, args.seconds, args.device)
+    rows, load = compare(args.samples, args.seconds, args.device), os.getloadavg()[1]
     print(f"{'loader':16}{'samples/s':>11}{'ratio':>8}{'cpu us':>9}{'private MiB':>13}{'waiting':>9}")
     for row in rows:
         print(
@@ -257,6 +258,7 @@ def main() -> int:
     result = {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} CPU cores",
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "load": load,
         "samples": args.samples,
         "batch": BATCH,
         "rows": rows,
