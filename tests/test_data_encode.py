@@ -184,11 +184,13 @@ def test_killed_encoding_goes_on(tmp_path):
         encoder(tmp_path).run(1, max_bad=0, progress=lambda files: time.sleep(0.1))
         os._exit(0)
     limit = time.monotonic() + 60
-    while not (folder / "parts" / "00000.json").exists():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        while not (folder / "parts" / "00000.json").exists():
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert not (folder / "manifest.json").exists()
     before = (folder / "latents-00000.npy").stat().st_mtime_ns
     results = [encoder(tmp_path).run(1, max_bad=0, rank=rank, world_size=2) for rank in range(2)]

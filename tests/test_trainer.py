@@ -379,11 +379,13 @@ def test_a_killed_trainer_leaves_no_process(tmp_path):
         os._exit(0)
     metrics_file = tmp_path / "runs" / "tiny" / "metrics.jsonl"
     limit = time.monotonic() + 60
-    while not metrics_file.exists() or not metrics_file.read_text():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-    assert Path(f"/proc/{child}/task/{child}/children").read_text() == ""
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    try:
+        while not metrics_file.exists() or not metrics_file.read_text():
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert Path(f"/proc/{child}/task/{child}/children").read_text() == ""
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with pytest.raises(ProcessLookupError):
         os.killpg(child, 0)
