@@ -7,7 +7,6 @@ comes out, and the guided velocity.
 import abc
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from soflow.flow import SolutionFlow
 from soflow.guidance import row_guidance
 from soflow.kernels import reference
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients, velocity_factor
-
-Lookahead = Literal["difference", "two_pass"]
+from soflow.slope import Lookahead, slope
 
 
 @dataclass(frozen=True)
@@ -162,14 +160,15 @@ class Objective(GuidedObjective):
 
     def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
         """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""
+        rows = slice(batch.num_velocity, None)
         with torch.no_grad():
             x_t, v_t = self.point(flow, batch)
-            v, dx, mix = self.look_ahead(flow, batch, x_t, v_t)
-            F_t, dF = self._joint_call(flow, batch, x_t, dx)
-            coefficients, _, _ = _residual_terms(flow, batch, mix)
-            rows = slice(batch.num_velocity, None)
-            c_x, c_v, c_F, c_d = coefficients[rows].unflatten(1, (4, 1, 1, 1)).unbind(1)
-            return c_x * x_t[rows] + c_v * v[rows] + c_F * F_t[rows] + c_d * dF
+            v, _, _ = self.look_ahead(flow, batch, x_t, v_t)
+        labels, augment_labels = (
+            None if y is None else y[rows] for y in (trained_labels(flow, batch), batch.augment_labels)
+        )
+        times = batch.t[rows], batch.l[rows], batch.s[rows]
+        return slope(flow, x_t[rows], v[rows], *times, labels, augment_labels, lookahead=self.lookahead).q
 
     def _joint_call(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         """F_t of every row with gradient, and dF = F_l - F_t of the consistency rows without."""

@@ -33,6 +33,8 @@ LAYERS = {
         "objective",
         "precision",
         "sampling",
+        "rounding",
+        "slope",
         "",
     },
     3: {
