@@ -37,5 +37,5 @@ def network(name: str) -> Network:
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if key != "pos_embed":
-                parameter.add_(torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
+                parameter.add_(0.5 * torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
     return made.eval()
