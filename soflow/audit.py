@@ -101,13 +101,18 @@ def audit(run: Path, steps: Literal["all", "newest"] | Sequence[int], samples: i
     error of what it reads, for a run without such a checkpoint, and for one whose times seldom lie far enough apart.
     """
     config = load_config(RunFolder(run).config)
+    if config.objective.name != "soflow":
+        raise AuditError(
+            f"objective.name: got {config.objective.name!r}, expected 'soflow', which alone takes the slope"
+        )
     folders = choose_steps(RunFolder(run).checkpoints, steps)
     batch = draw_batch(config, samples, seed)
     objective = build_objective(config, reference)
 
     def at(step: int, folder: Path) -> StepAudit:
         flow, _ = load_flow(folder, "model")
-        x_t, v = objective.velocities(flow, batch)
+        x_t, v_t = objective.point(flow, batch)
+        v, _, _ = objective.look_ahead(flow, batch, x_t, v_t)
         rows = Rows(x_t, v, batch.t, batch.s, trained_labels(flow, batch))
         r = gap_ratio_at(config, step - 1)
         # of a smaller r than MIN_GAP nothing is left, since t - s is at most 1
