@@ -100,7 +100,7 @@ def test_method_is_watched(tmp_path):
     assert 0 < first["method/lipschitz"] < last["method/lipschitz"]
     # times depend on the step and the place in the batch, not on the samples
     samples = trainer.source.read(np.arange(12))
-    batches = [batch for step in range(4, 8) for batch in trainer.step.draw(*samples, step)]
+    batches = [batch for step in range(4, 8) for batch in trainer.step.draw(*samples, *trainer.step.clock(step))]
     shares = [at_least_gap(batch.t, batch.l)[batch.num_velocity :].double().mean().item() for batch in batches]
     assert last["method/min_gap_share"] == pytest.approx(sum(shares) / 4)
     assert 0 < last["method/min_gap_share"] < 1
