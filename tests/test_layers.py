@@ -32,7 +32,9 @@ LAYERS = {
         "models",
         "objective",
         "precision",
+        "rounding",
         "sampling",
+        "slope",
         "",
     },
     3: {
@@ -51,7 +53,7 @@ LAYERS = {
         "optim",
         "vae",
     },
-    4: {"assembly", "memory", "run_folder", "step", "trainer"},
+    4: {"assembly", "audit", "audit_report", "memory", "run_folder", "step", "trainer"},
     5: {"cli"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
