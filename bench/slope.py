@@ -15,17 +15,15 @@ training does. Without options both networks and both kinds are measured. Prints
 import argparse
 import copy
 import json
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from soflow.kernels import reference
-from soflow.models import DIT_PRESETS, DiT, Network, build_network
-from soflow.models.pair import PairOps
-from soflow.paths import slope_coefficients
-from soflow.precision import working_copy
+from soflow import SolutionFlow
+from soflow.models import DIT_PRESETS, DiT, build_network
+from soflow.rounding import ROUNDED, rounded
+from soflow.slope import LOOKAHEADS, slope
 
 GAPS = (0.1, 0.01, 0.002, 0.0003125, 0.000001)
 TIME, END = 0.6, 0.2
@@ -35,20 +33,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in DIT_PRESETS},
 }
 Weights = Literal["initial", "drawn"]
-
-
-def round_to_tf32(x: Tensor) -> Tensor:
-    """Return x, fp32, rounded to the 10 bits of mantissa that a TF32 product sees (ties away from zero)."""
-    return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-
-
-def tf32_ops() -> Any:
-    """Return the reference ops with the inputs of every product with a weight rounded to TF32."""
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return reference.linear(round_to_tf32(x), round_to_tf32(weight), bias)
-
-    return SimpleNamespace(**{**vars(reference), "linear": linear, "linear_difference": linear})
 
 
 def random_network(shape: dict[str, Any], weights: Weights, seed: int = 0) -> DiT:
@@ -66,49 +50,29 @@ def random_network(shape: dict[str, Any], weights: Weights, seed: int = 0) -> Di
     return network
 
 
-@torch.no_grad()
-def slope(network: Network, x: Tensor, v: Tensor, r: float, lookahead: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return F_t, dF and q of the Euler parameterization, by either look-ahead.  x, v: (B, C, H, W)."""
-    t, s = (torch.full((len(x),), value, dtype=torch.float32).to(x.dtype) for value in (TIME, END))
-    # the middle time that a float32 run sees, for all precisions
-    l = (t.float() + (s.float() - t.float()) * r).to(x.dtype)
-    labels = torch.arange(len(x)) % 10
-    dx = v * (l - t)[:, None, None, None]
-    if lookahead == "difference":
-        F_t, dF = network.forward_difference(x, dx, t, l - t, s, labels)
-    else:
-        F_t = network(x, t, s, labels)
-        dF = network(x + dx, l, s, labels) - F_t
-    c = slope_coefficients("euler", t, l, s)[..., None, None, None]
-    return F_t, dF, c[:, 0] * x + c[:, 1] * v + c[:, 2] * F_t + c[:, 3] * dF
-
-
 def measure(shape: dict[str, Any], weights: Weights, batch_size: int = 2) -> list[dict[str, Any]]:
     """Return one record per gap: relative errors of q by every way, and of F and dF by difference in bf16."""
     generator = torch.Generator().manual_seed(1)
-    fp32 = random_network(shape, weights)
-    x, v = torch.randn(2, batch_size, 4, fp32.input_size, fp32.input_size, generator=generator)
-    exact = copy.deepcopy(fp32).double()
-    tf32 = copy.deepcopy(fp32)
-    tf32.ops = PairOps(tf32_ops())
-    bf16, _ = working_copy(fp32, "bf16")
-    rounded = copy.deepcopy(bf16).double()
-    ways = [
-        (f"{lookahead} {precision}", network, lookahead)
-        for lookahead in ("two_pass", "difference")
-        for precision, network in (("fp32", fp32), ("tf32-like", tf32), ("bf16", bf16))
-    ]
+    flow = SolutionFlow(random_network(shape, weights))
+    size, labels = flow.network.input_size, torch.arange(batch_size) % 10
+    x, v = torch.randn(2, batch_size, 4, size, size, generator=generator)
+    t, s = (torch.full((batch_size,), time) for time in (TIME, END))
+    exact, *flows = (rounded(flow, rounding) for rounding in ("fp64", *ROUNDED))
+    of_rounded_weights = copy.deepcopy(flows[-1]).double()
     records = []
     for r in GAPS:
-        true_F, true_dF, true_q = slope(exact, x.double(), v.double(), r, "difference")
+        # the middle time that a float32 run sees, for all precisions
+        l = t + (s - t) * r
+        wide = x.double(), v.double(), t.double(), l.double(), s.double(), labels
+        true = slope(exact, *wide)
         record: dict[str, Any] = {"r": r}
-        for way, network, lookahead in ways:
-            F_t, dF, q = slope(network, x, v, r, lookahead)
-            record[way] = _error(q, true_q)
+        for lookahead in LOOKAHEADS:
+            for rounding, ours in zip(ROUNDED, flows, strict=True):
+                found = slope(ours, x, v, t, l, s, labels, lookahead=lookahead)
+                record[f"{lookahead} {rounding}"] = _error(found.q, true.q)
         # the last way is difference bf16
-        record["bf16 F"], record["bf16 dF"] = _error(F_t, true_F), _error(dF, true_dF)
-        _, dF_of_rounded, _ = slope(rounded, x.double(), v.double(), r, "difference")
-        record["weights dF"] = _error(dF_of_rounded, true_dF)
+        record["bf16 F"], record["bf16 dF"] = _error(found.F_t, true.F_t), _error(found.dF, true.dF)
+        record["weights dF"] = _error(slope(of_rounded_weights, *wide).dF, true.dF)
         records.append(record)
     return records
 

@@ -401,7 +401,8 @@ def upsample(x: Tensor, taps: Tensor) -> Tensor:
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-6) -> Tensor:
     """Return GroupNorm(x) weight + bias.  x: (B, C, H, W); weight, bias: (C,); num_groups divides C."""
-    wide = _wide(x)
+    # what torch does itself, but for forward-mode differentiation
+    wide = _wide(x).contiguous()
     return functional.group_norm(wide, num_groups, weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
 
 

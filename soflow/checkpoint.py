@@ -211,6 +211,11 @@ def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Path | No
     return None
 
 
+def saved_steps(root: Path) -> dict[int, Path]:
+    """Return the step folders below `root`, sound or not, by their number, the earliest first."""
+    return dict(reversed(_step_folders(root)))
+
+
 def load_official(path: Path) -> OfficialCheckpoint:
     """Return the content of an official `.pt` file, whose records are checked against their CRC-32 first.
 

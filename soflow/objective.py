@@ -7,7 +7,6 @@ comes out, and the guided velocity.
 import abc
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ from soflow.flow import SolutionFlow
 from soflow.guidance import row_guidance
 from soflow.kernels import reference
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients, velocity_factor
-
-Lookahead = Literal["difference", "two_pass"]
+from soflow.slope import Lookahead, slope
+from soflow.times import at_least_gap
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,8 @@ class ObjectiveOutput:
     """Back-propagate `loss`, the sum of both losses weighted by their shares of the rows; the rest is detached.
 
     consistency_loss is a surrogate whose value is no distance: watch consistency_mse, the mean squared slope.
+    look_ahead: (3,), means over the consistency rows (0 for no rows) of |dx|^2 and |dF|^2, sums over the elements of a
+    row, and of whether l is at the least gap below t; None of an objective that does not look ahead.
     """
 
     loss: Tensor
@@ -58,6 +59,7 @@ class ObjectiveOutput:
     consistency_loss: Tensor
     consistency_mse: Tensor
     consistency_weight: Tensor
+    look_ahead: Tensor | None = None
 
 
 class GuidedObjective(abc.ABC):
@@ -155,7 +157,8 @@ class Objective(GuidedObjective):
         loss, statistics = self.ops.solution_loss(
             F_t, dF, x_t, v, *_residual_terms(flow, batch, mix), self.loss_p, self.loss_eps
         )
-        return ObjectiveOutput(loss, *statistics.flatten().unbind())
+        watched = _look_ahead_statistics(batch, dx, dF)
+        return ObjectiveOutput(*(loss, *statistics.flatten().unbind(), watched))
 
     def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
         """Return the operations of a step in forward calls of one row; the difference of a row is one more."""
@@ -163,14 +166,15 @@ class Objective(GuidedObjective):
 
     def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
         """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""
+        rows = slice(batch.num_velocity, None)
         with torch.no_grad():
             x_t, v_t = self.point(flow, batch)
-            v, dx, mix = self.look_ahead(flow, batch, x_t, v_t)
-            F_t, dF = self._joint_call(flow, batch, x_t, dx)
-            coefficients, _, _ = _residual_terms(flow, batch, mix)
-            rows = slice(batch.num_velocity, None)
-            c_x, c_v, c_F, c_d = coefficients[rows].unflatten(1, (4, 1, 1, 1)).unbind(1)
-            return c_x * x_t[rows] + c_v * v[rows] + c_F * F_t[rows] + c_d * dF
+            v, _, _ = self.look_ahead(flow, batch, x_t, v_t)
+        labels, augment_labels = (
+            None if y is None else y[rows] for y in (trained_labels(flow, batch), batch.augment_labels)
+        )
+        times = batch.t[rows], batch.l[rows], batch.s[rows]
+        return slope(flow, x_t[rows], v[rows], *times, labels, augment_labels, lookahead=self.lookahead).q
 
     def _joint_call(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         """F_t of every row with gradient, and dF = F_l - F_t of the consistency rows without."""
@@ -213,6 +217,12 @@ def velocity_terms(flow: SolutionFlow, mix: Tensor) -> tuple[Tensor, Tensor, Ten
     """
     factor, zeros, ones = velocity_factor(flow.parameterization), torch.zeros_like(mix), torch.ones_like(mix)
     return torch.stack((zeros, -mix, factor * mix, zeros), dim=1), ones / factor, 2.0 * factor * ones
+
+
+def _look_ahead_statistics(batch: Batch, dx: Tensor, dF: Tensor) -> Tensor:
+    at_least = at_least_gap(batch.t, batch.l)[batch.num_velocity :].to(dx.dtype).sum()
+    sums = torch.linalg.vector_norm(dx).square(), torch.linalg.vector_norm(dF).square(), at_least
+    return torch.stack(sums) / max(len(dx), 1)
 
 
 def _residual_terms(flow: SolutionFlow, batch: Batch, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

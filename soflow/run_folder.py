@@ -62,7 +62,7 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
 
 
 def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object]) -> dict[str, object]:
-    """Return what a checkpoint says of its run: configuration, data set and the sums of the unfinished interval."""
+    """Return what a checkpoint says of its run: configuration, data set the unfinished interval and what is watched."""
     return {"config": dump_config(config), "data": fingerprint, "interval": interval}
 
 

@@ -16,6 +16,7 @@ from soflow.draw import sample_batch, share_batch
 from soflow.flow import SolutionFlow
 from soflow.flow_matching import FlowMatching
 from soflow.meanflow import MeanFlow
+from soflow.monitor import WATCHED
 from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
 from soflow.times import gap_ratio
@@ -29,6 +30,7 @@ SUMMED = (
     "loss/consistency",
     "loss/consistency_mse",
     "loss/consistency_weight",
+    *WATCHED,
     "grad_norm",
     "skipped_steps",
 )
@@ -42,7 +44,7 @@ class TrainingStep:
     The batch goes through the network in `train.accumulation` parts of which each has its share of both kinds of rows.
     flow: computes; its weights, or those that shadow them, are the ones that `optimizer` moves.
     sums: of the statistics `SUMMED` over the steps since they were last zeroed, weighted so that the sum over all
-    processes is that of the global batch, (9,) float64 on the device; `num_summed` counts those steps.
+    processes is that of the global batch, (12,) float64 on the device; `num_summed` counts those steps.
     """
 
     def __init__(
@@ -164,7 +166,7 @@ class _Part:
         rows = len(self.share) / batch_size
         velocity = self.share.num_velocity / max(num_velocity, 1)
         consistency = (len(self.share) - self.share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 6)
         self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
 
 
@@ -179,7 +181,8 @@ def _statistics(out: ObjectiveOutput) -> Tensor:
         out.consistency_mse,
         out.consistency_weight,
     )
-    return torch.stack(values).double()
+    look_ahead = out.loss.new_zeros(len(WATCHED)) if out.look_ahead is None else out.look_ahead
+    return torch.cat((torch.stack(values), look_ahead)).double()
 
 
 class _Losses(nn.Module):

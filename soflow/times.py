@@ -35,6 +35,11 @@ def middle_time(t: Tensor, s: Tensor, r: float | Tensor) -> Tensor:
     return torch.minimum(t + (s - t) * r, t - MIN_GAP)
 
 
+def at_least_gap(t: Tensor, l: Tensor) -> Tensor:
+    """Return whether `middle_time` put l at the least gap below t, (B,) bool.  t, l: (B,)."""
+    return l >= t - MIN_GAP
+
+
 def logit_normal(z: Tensor, mean: float, std: float) -> Tensor:
     """Return sigmoid(std z + mean), the logit-normal time of a standard normal z."""
     return torch.sigmoid(z * std + mean)

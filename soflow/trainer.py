@@ -20,6 +20,7 @@ from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
+from soflow.monitor import Monitor
 from soflow.run_folder import (
     RunError,
     checkpoint_meta,
@@ -63,6 +64,7 @@ class Trainer:
         self.feeder = open_feeder(config.data, self.source, order, processes.device)
         self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
 
+        self.monitor = Monitor()
         self.finished = 0
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
         if start is not None:
@@ -87,7 +89,10 @@ class Trainer:
                     log.advance(self.finished)
                     done = self.finished == train.total_steps
                     if self.finished % train.log_every == 0 or done:
-                        log.interval(self.finished, self._interval_means() | self.meter.read())
+                        observed = self.monitor.observe(self._interval_means())
+                        log.interval(self.finished, observed.metrics | self.meter.read())
+                        if observed.warning is not None:
+                            log.info(observed.warning)
                         self.meter.restart()
                     if train.sample_every and (self.finished % train.sample_every == 0 or done):
                         with self.meter.paused():
@@ -180,6 +185,7 @@ class Trainer:
         self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
         self.step.num_summed = interval["steps"]
+        self.monitor.load_state_dict(interval["monitor"])
         # The sums are those of all processes: the first one carries them on.
         if self.processes.is_first:
             self.step.sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
@@ -199,7 +205,7 @@ class Trainer:
                 meta=checkpoint_meta(
                     self.config,
                     self.source.fingerprint,
-                    {"steps": self.step.num_summed, "sums": sums.tolist()},
+                    {"steps": self.step.num_summed, "sums": sums.tolist(), "monitor": self.monitor.state_dict()},
                 ),
                 keep_last=self.config.train.keep_last,
             )

@@ -75,6 +75,7 @@ def test_help_lists_the_commands(capsys):
         "encode",
         "convert",
         "inspect",
+        "audit",
         "doctor",
     ]
 
@@ -101,7 +102,14 @@ def test_wrong_usage(capsys, argv):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["train", "--help"], ["sample", "--help"], ["encode", "--help"], ["train", "{}", "--print-config"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["sample", "--help"],
+        ["encode", "--help"],
+        ["audit", "--help"],
+        ["train", "{}", "--print-config"],
+    ],
 )
 def test_torch_is_not_imported_where_it_is_not_needed(recipe, argv):
     code = "import sys; sys.modules['torch'] = None; from soflow.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -466,6 +474,57 @@ def test_sample_refuses_a_corrupt_checkpoint(trained, tmp_path, capsys, name):
     (step / name).write_bytes(bytes(data))
     assert name in refusal(capsys, "sample", step, "--grid", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow audit
+
+
+def test_audit_writes_tables_json_and_plot(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "tiny")
+    assert main(["audit", str(run), "--steps", "all", "--samples", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| two_pass bf16 ") == 3
+    assert printed.endswith(f"{run / 'audit/audit.json'}, {run / 'audit/audit.png'}\n")
+    with Image.open(run / "audit/audit.png") as image:
+        assert image.format == "PNG"
+    content = json.loads((run / "audit/audit.json").read_text())
+    assert [step["step"] for step in content["steps"]] == [2, 4]
+    assert (content["run"], content["samples"], content["seed"]) == ("tiny", 3, 0)
+
+    # the same numbers again, elsewhere, and for one of the steps
+    assert main(["audit", str(run), "--steps", "2", "--samples", "3", "--out", str(tmp_path / "a/b")]) == 0
+    again = json.loads((tmp_path / "a/b/audit.json").read_text())
+    assert again["steps"] == content["steps"][:1]
+    assert checkpoint.newest(run / "checkpoints").name == "step-00000004"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "3"], "checkpoint of step 3, expected one of 2, 4"),
+        (["--steps", "last"], "argument --steps: got 'last'"),
+        (["--samples", "0"], "argument --samples: got '0', expected an integer of at least 1"),
+        (["--seed", "-1"], "argument --seed: got '-1', expected an integer from 0"),
+        (["--out", "{}/config.yaml"], "config.yaml"),
+        (["{}/nothing"], "unrecognized arguments"),
+    ],
+)
+def test_audit_refuses(trained, capsys, argv, message):
+    before = snapshot(trained)
+    argv = [word.format(trained) for word in argv]
+    assert message in refusal(capsys, "audit", trained, *argv)
+    assert snapshot(trained) == before
+
+
+def test_audit_refuses_what_is_no_run(trained, tmp_path, capsys):
+    assert f"{tmp_path / 'config.yaml'}" in refusal(capsys, "audit", tmp_path)
+    shutil.copy(trained / "config.yaml", tmp_path)
+    assert "got no checkpoint" in refusal(capsys, "audit", tmp_path)
+    run = shutil.copytree(trained, tmp_path / "damaged")
+    weights = run / "checkpoints/step-00000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert str(weights) in refusal(capsys, "audit", run)
 
 
 # ------------------------------------------------------------------------------------------------

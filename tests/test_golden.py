@@ -11,10 +11,10 @@ from soflow.ema import Ema
 from soflow.guidance import cfg_decay
 from soflow.models import DIT_PRESETS, build_network
 from soflow.optim import build_optimizer
-from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients
+from soflow.paths import path_coefficients, solution_coefficients
 from soflow.precision import working_copy
+from soflow.slope import LOOKAHEADS, slope
 
-LOOKAHEADS = ("difference", "two_pass")
 GAPS = ("0.1", "0.01", "0.002", "0.0003125")
 
 
@@ -188,26 +188,13 @@ def slope_inputs(name: str, gap: str, dtype: torch.dtype) -> tuple[SolutionFlow,
     return golden_vectors.flow(meta, dtype), values, arrays["labels"]
 
 
-@torch.no_grad()
-def slope(flow: SolutionFlow, values: tuple[Tensor, ...], labels: Tensor, lookahead: str) -> tuple[Tensor, ...]:
-    """F_t, dF and q from given velocities, by either look-ahead."""
-    x_t, v, t, l, s = values
-    dx = v * (l - t)[:, None, None, None]
-    if lookahead == "difference":
-        F_t, dF = flow.network.forward_difference(x_t, dx, t, l - t, s, labels)
-    else:
-        F_t = flow.network(x_t, t, s, labels)
-        dF = flow.network(x_t + dx, l, s, labels) - F_t
-    c = slope_coefficients(flow.parameterization, t, l, s)[..., None, None, None]
-    return F_t, dF, c[:, 0] * x_t + c[:, 1] * v + c[:, 2] * F_t + c[:, 3] * dF
-
-
 @pytest.mark.parametrize("lookahead", LOOKAHEADS)
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("name", ["slope_euler", "slope_trig"])
 def test_slope_in_float64(name, gap, lookahead):
     arrays, _ = golden_vectors.load(name)
-    F_t, dF, q = slope(*slope_inputs(name, gap, torch.float64), lookahead)
+    flow, values, labels = slope_inputs(name, gap, torch.float64)
+    F_t, dF, q = slope(flow, *values, labels, lookahead=lookahead)
     assert norm_error(F_t, arrays["F_t"]) < 1e-12
     assert norm_error(dF, arrays[f"dF.{gap}"]) < 1e-9
     assert norm_error(q, arrays[f"q.{gap}"]) < 1e-9
@@ -219,8 +206,8 @@ def test_slope_in_float32(name, gap):
     """Against float64 on the same float32 inputs: the precision of dF and q does not depend on the gap."""
     flow, values, labels = slope_inputs(name, gap, torch.float32)
     exact_flow, _, _ = slope_inputs(name, gap, torch.float64)
-    _, dF, q = slope(flow, values, labels, "difference")
-    _, exact_dF, exact_q = slope(exact_flow, tuple(v.double() for v in values), labels, "difference")
+    _, dF, q = slope(flow, *values, labels)
+    _, exact_dF, exact_q = slope(exact_flow, *(v.double() for v in values), labels)
     assert norm_error(dF, exact_dF) < 5e-6
     assert norm_error(q, exact_q) < 5e-6
 
@@ -230,8 +217,8 @@ def test_two_evaluations_lose_the_slope_in_float32(name):
     """What difference propagation is for: at r = 1e-6 the subtraction is off by more than 5 %."""
     flow, values, labels = slope_inputs(name, "0.000001", torch.float32)
     exact_flow, _, _ = slope_inputs(name, "0.000001", torch.float64)
-    _, _, q = slope(flow, values, labels, "two_pass")
-    _, _, exact_q = slope(exact_flow, tuple(v.double() for v in values), labels, "difference")
+    _, _, q = slope(flow, *values, labels, lookahead="two_pass")
+    _, _, exact_q = slope(exact_flow, *(v.double() for v in values), labels)
     assert norm_error(q, exact_q) > 0.05
 
 
@@ -242,8 +229,8 @@ def test_slope_in_bf16(name, gap):
     flow, values, labels = slope_inputs(name, gap, torch.float32)
     exact_flow, _, _ = slope_inputs(name, gap, torch.float64)
     flow.network, _ = working_copy(flow.network, "bf16")
-    F_t, dF, q = slope(flow, values, labels, "difference")
-    exact_F, exact_dF, exact_q = slope(exact_flow, tuple(v.double() for v in values), labels, "difference")
+    F_t, dF, q = slope(flow, *values, labels)
+    exact_F, exact_dF, exact_q = slope(exact_flow, *(v.double() for v in values), labels)
     assert norm_error(F_t, exact_F) > 1e-4, "the products were not of bfloat16"
     assert norm_error(dF, exact_dF) < 2 * norm_error(F_t, exact_F)
     assert norm_error(q, exact_q) < 1e-2

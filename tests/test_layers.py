@@ -33,7 +33,9 @@ LAYERS = {
         "models",
         "objective",
         "precision",
+        "rounding",
         "sampling",
+        "slope",
         "",
     },
     3: {
@@ -52,7 +54,7 @@ LAYERS = {
         "optim",
         "vae",
     },
-    4: {"assembly", "memory", "run_folder", "step", "trainer"},
+    4: {"assembly", "audit", "audit_report", "memory", "run_folder", "step", "trainer"},
     5: {"arguments", "cli", "cli_data"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}

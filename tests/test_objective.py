@@ -110,6 +110,27 @@ def test_loss_is_the_weighted_sum_of_its_parts():
     assert not out.velocity_loss.requires_grad
 
 
+@pytest.mark.parametrize("lookahead", ["difference", "two_pass"])
+def test_statistics_of_the_look_ahead(lookahead):
+    """Unguided, dx = v (l - t); every third row is so near to its s that l is at the least gap."""
+    flow, batch = make_flow(), make_batch(7, 2)
+    s = torch.where(torch.arange(7) % 3 == 0, batch.t - 1e-4, batch.s)
+    batch = replace(batch, s=s, l=middle_time(batch.t, s, 0.1))
+    out = Objective(lookahead=lookahead)(flow, batch)
+    rows = slice(2, None)
+    t, l = batch.t[rows], batch.l[rows]
+    x_t = (1 - t)[:, None, None, None] * batch.x_0[rows] + t[:, None, None, None] * batch.x_1[rows]
+    dx = (batch.x_1 - batch.x_0)[rows] * (l - t)[:, None, None, None]
+    labels = torch.where(batch.null_mask, NULL, batch.labels)[rows]
+    with torch.no_grad():
+        dF = flow.network(x_t + dx, l, s[rows], labels) - flow.network(x_t, t, s[rows], labels)
+    expected = torch.tensor([dx.square().sum() / 5, dF.square().sum() / 5, 2 / 5], dtype=torch.float64)
+    torch.testing.assert_close(out.look_ahead, expected)
+    assert not out.look_ahead.requires_grad
+    none = Objective(lookahead=lookahead)(flow, make_batch(4, 4))
+    assert torch.equal(none.look_ahead, torch.zeros(3, dtype=torch.float64))
+
+
 def test_unconditional_batch():
     flow, objective = make_flow(), Objective(3.0)
     unlabelled = replace(make_batch(), labels=None)

@@ -17,6 +17,7 @@ from soflow.config import Config
 from soflow.data import DataError
 from soflow.distributed import Processes
 from soflow.run_folder import RunError, load_flow
+from soflow.times import at_least_gap
 from soflow.trainer import DivergedError, Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -94,6 +95,40 @@ def test_fused_ops_train_the_same_on_the_cpu(tmp_path):
     lines = [metrics(train(tiny.config(tmp_path / ops, f"engine.ops={ops}"))) for ops in ("fused", "reference")]
     for fused, reference in zip(*lines, strict=True):
         assert fused == pytest.approx(reference, rel=1e-4)
+
+
+def test_method_is_watched(tmp_path):
+    """Means over an interval of what each step's batch and network say, and nothing where no row looks ahead."""
+    trainer = train(tiny.config(tmp_path, "train.log_every=4"))
+    first, last = metrics(trainer)
+    assert 0 < first["method/lipschitz"] < last["method/lipschitz"]
+    # times depend on the step and the place in the batch, not on the samples
+    samples = trainer.source.read(np.arange(12))
+    batches = [batch for step in range(4, 8) for batch in trainer.step.draw(*samples, *trainer.step.clock(step))]
+    shares = [at_least_gap(batch.t, batch.l)[batch.num_velocity :].double().mean().item() for batch in batches]
+    assert last["method/min_gap_share"] == pytest.approx(sum(shares) / 4)
+    assert 0 < last["method/min_gap_share"] < 1
+    assert first["method/guidance_collapse"] == 0
+    (line, *_) = metrics(train(tiny.config(tmp_path / "velocity", "objective.fm_ratio=1.0")))
+    assert not [name for name in line if name.startswith("method/")]
+
+
+def test_collapse_is_told_once_and_survives_a_resume(tmp_path, monkeypatch, capsys):
+    measured = Trainer._interval_means
+
+    def collapsing(trainer: Trainer) -> dict[str, float]:
+        return measured(trainer) | {"loss/velocity_mse": 1.0, "loss/consistency_mse": 0.8**trainer.finished}
+
+    monkeypatch.setattr(Trainer, "_interval_means", collapsing)
+    overrides = ("train.total_steps=12", "train.log_every=1")
+    whole = train(tiny.config(tmp_path / "whole", *overrides))
+    assert [line["method/guidance_collapse"] for line in metrics(whole)] == [0.0] * 9 + [1.0] * 3
+    assert capsys.readouterr().out.count("warning: guidance may be collapsing") == 1
+    config = tiny.config(tmp_path / "parts", *overrides)
+    for stop in (7, 11, 12):
+        parts = train(config, until=stop)
+    assert_same_state(parts, whole)
+    assert capsys.readouterr().out.count("warning: guidance may be collapsing") == 1
 
 
 @pytest.mark.parametrize("fm_ratio", [0.0, 1.0])

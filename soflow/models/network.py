@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from soflow.models.pair import PairOps
+
 Recompute = Literal["none", "norms", "blocks"]
 
 
@@ -20,6 +22,7 @@ class Network(nn.Module, abc.ABC):
     input_size: int
     in_channels: int
     num_classes: int
+    ops: PairOps  # what it computes with
     dropout: float = 0.0  # share of activations that a call in training mode drops
     recompute: Recompute = "none"
 
