@@ -355,7 +355,7 @@ def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).
 
     dS = dq k^T + (q + dq) dk^T; z = sum(P expm1(dS)), and with the shift of the normaliser lz = log1p(z), g = dS - lz:
-    dP = P expm1(g), and do = dP (v + dv) + P dv. Where a difference is large (z beyond 1/2, g beyond 1) there is nothing
+    dP = P expm1(g), and do = dP (v + dv) + P dv. Where these are large (z beyond 1/2, g beyond 1) there is nothing
     to cancel, but exponentials may overflow: there lz is the difference of the normalisers, dP that of the softmaxes.
     """
     (q, k, v), (dq, dk, dv) = _heads(_wide(qkv), num_heads), _heads(_wide(dqkv), num_heads)
