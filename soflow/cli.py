@@ -105,18 +105,20 @@ def _train(args: argparse.Namespace) -> int:
 
     from soflow.distributed import join_processes
     from soflow.trainer import DivergedError, Trainer
+    from soflow.watchdog import PeerError
 
-    with join_processes(config.engine.device) as processes:
-        trainer = Trainer(config, processes, args.resume)
-        try:
+    try:
+        with join_processes(config.engine.device, config.engine.timeout_s) as processes:
+            trainer = Trainer(config, processes, args.resume)
             complete = trainer.fit()
-        except DivergedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return FAILED
-        if processes.is_first:
-            end = "complete" if complete else "stopped, the same command continues it"
-            print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
-    return DONE if complete else STOPPED
+            if processes.is_first:
+                end = "complete" if complete else "stopped, the same command continues it"
+                print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
+    except (DivergedError, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    # torchrun takes every other code for a failure, and would start a stopped run again: status.json tells them apart
+    return DONE if complete or processes.world_size > 1 else STOPPED
 
 
 def _summary(config: "Config", resume: Path | None) -> str:

@@ -12,6 +12,7 @@ from soflow.draw import sample_batch, share_batch
 from soflow.flow import SolutionFlow
 from soflow.objective import Batch, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
+from soflow.sharding import is_sharded
 from soflow.times import gap_ratio
 
 # What is summed over an interval, in the order of the device tensor that holds the sums.
@@ -48,12 +49,17 @@ class TrainingStep:
         self.share = share_batch(batch_size, config.objective.fm_ratio, processes.rank, processes.world_size)
         self.positions = torch.tensor(self.share.positions, device=self.device)
         self.module: nn.Module = _Losses(flow, build_objective(config, ops))
-        if processes.world_size > 1:
+        if processes.world_size > 1 and not is_sharded(flow.network):
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-        # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
+        # DDP and FSDP average over processes, whose shares may differ by a row: weigh each by its rows.
         self.loss_scale = len(self.share) / batch_size * processes.world_size
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         self.num_summed = 0
+        self._bad_in_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._most_bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._most_bad_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._most_bad_seen = 0
+        self._copied: torch.cuda.Event | None = None
         self._weights = self._summing_weights(processes.world_size)
 
     def __call__(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> None:
@@ -64,6 +70,20 @@ class TrainingStep:
         (out.loss * self.loss_scale).backward()
         self.optimizer.step()
         self._accumulate(out)
+
+    def most_bad_in_row(self) -> int:
+        """Return the most steps in a row so far without a finite gradient; on a GPU as it was some steps ago.
+
+        To be called after every step; waits for nothing.
+        """
+        if self.device.type == "cpu":
+            return int(self._most_bad)
+        if self._copied is None or self._copied.query():
+            self._most_bad_seen = int(self._most_bad_copy)
+            self._most_bad_copy.copy_(self._most_bad, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._most_bad_seen
 
     def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> Batch:
         """Return the batch of the 0-based `step` on these samples, with the noise and times of that step."""
@@ -96,10 +116,13 @@ class TrainingStep:
             torch.zeros_like(norm),
         )
         row = torch.stack(values).double()
-        if self.config.optim.nonfinite == "skip":
+        finite = torch.isfinite(norm)
+        self._bad_in_row.add_(1).mul_(~finite)
+        torch.maximum(self._most_bad, self._bad_in_row, out=self._most_bad)
+        if self.config.optim.nonfinite != "step":
             skipped = torch.zeros_like(row)
             skipped[-1] = 1.0
-            row = torch.where(torch.isfinite(norm), row, skipped)
+            row = torch.where(finite, row, skipped)
         self.sums += row * self._weights
         self.num_summed += 1
 

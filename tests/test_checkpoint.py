@@ -249,7 +249,7 @@ def rewrite(folder: Path, file: str, content: bytes) -> None:
     """Replace a file and its entry in the manifest: what other software, or an attacker, could have written."""
     (folder / file).write_bytes(content)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
-    manifest["files"][file] = checkpoint._fingerprint(folder / file)
+    manifest["files"][file] = checkpoint.files.fingerprint(folder / file)
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
 
 

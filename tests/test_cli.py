@@ -237,7 +237,7 @@ def test_divergence_is_exit_code_1(recipe, capsys, monkeypatch):
 
 
 def test_a_stop_by_a_signal_is_exit_code_3(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "_should_stop", lambda self: self.finished == 5)
+    monkeypatch.setattr(trainer.Trainer, "_heed", lambda self, votes, writer: self.finished == 5)
     assert main(["train", str(recipe)]) == 3
     assert "step 5, stopped, the same command continues it" in capsys.readouterr().out
     monkeypatch.undo()

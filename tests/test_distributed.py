@@ -72,7 +72,7 @@ def test_error_of_the_first_process_ends_all(tmp_path):
 
 
 def test_alone_needs_no_process_group():
-    with join_processes("cpu") as processes:
+    with join_processes("cpu", 60) as processes:
         assert (processes.rank, processes.world_size, processes.is_first) == (0, 1, True)
         assert processes.agree("x") == "x"
         assert processes.sum(torch.ones(2)).tolist() == [1, 1]

@@ -36,6 +36,8 @@ LAYERS = {
         "monitor",
         "official_config",
         "optim",
+        "sharding",
+        "watchdog",
         "vae",
     },
     4: {"run_folder", "step", "trainer"},

@@ -1,0 +1,68 @@
+"""Networks whose weights the processes share out among them (FSDP2), and tensors that may be shards of such."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from soflow.distributed import Processes
+from soflow.models.network import Network
+from soflow.precision import Precision
+
+
+def shard_network(network: Network, processes: Processes, precision: Precision) -> None:
+    """Keep only this process's part of each weight: a block is gathered while it computes, the rest for a whole pass.
+
+    The network stays the same object with the same names; its weights become DTensors, and move to the device. bf16:
+    the weights of `bf16_modules` are gathered in bfloat16, and their gradients summed in float32.
+    """
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = rounded if precision == "bf16" else MixedPrecisionPolicy()
+    for block in network.bf16_modules():
+        # not the block itself, which has no pass of its own: DiT calls its parts
+        for part in block.children():
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(network, "forward_difference")
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Return whether `tensor` is spread over processes."""
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Return whether a weight of `network` is spread over processes."""
+    return any(is_shard(weight) for weight in network.parameters())
+
+
+def norm_over_shards(norm: Tensor, shard: Tensor) -> Tensor:
+    """Return the norm over all processes of tensors that are spread as `shard` is; `norm` is that of the parts here."""
+    if not isinstance(shard, DTensor):
+        return norm
+    square = norm.square()
+    dist.all_reduce(square, group=shard.device_mesh.get_group())
+    return square.sqrt()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of `tensor`, in the same memory; `tensor` itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return `tensor` gathered from all processes, which must all call it; `tensor` itself where it is whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(target: Tensor, source: Tensor) -> Tensor:
+    """Return a copy of the whole tensor `source` on the device of `target`, and shared out as that is."""
+    if isinstance(target, DTensor):
+        # every process has all of it: nothing is sent
+        return distribute_tensor(
+            source.to(target.device, copy=True), target.device_mesh, target.placements, src_data_rank=None
+        )
+    return source.to(target.device, copy=True)
