@@ -68,7 +68,7 @@ class Trainer:
             shard_network(network, processes, config.engine.precision)
             shard_network(self.ema.network, processes, "fp32")
             self.ema.track(network)
-            working, shadows = network, {}
+            working, shadows = network, dict[Tensor, Tensor]()
         else:
             self.flow.to(processes.device)
             self.ema.network.to(processes.device)
