@@ -1,15 +1,17 @@
 """Networks whose weights the processes share out among them (FSDP2), and tensors that may be shards of such."""
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from soflow.distributed import Processes
 from soflow.models.network import Network
 from soflow.precision import Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def shard_network(network: Network, processes: Processes, precision: Precision) -> None:
@@ -18,6 +20,10 @@ def shard_network(network: Network, processes: Processes, precision: Precision) 
     The network stays the same object with the same names; its weights become DTensors, and move to the device. bf16:
     the weights of `bf16_modules` are gathered in bfloat16, and their gradients summed in float32.
     """
+    # imported here, because they take a second or more, which only this needs
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = rounded if precision == "bf16" else MixedPrecisionPolicy()
@@ -29,9 +35,10 @@ def shard_network(network: Network, processes: Processes, precision: Precision) 
     register_fsdp_forward_method(network, "forward_difference")
 
 
-def is_shard(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Return whether `tensor` is spread over processes."""
-    return isinstance(tensor, DTensor)
+    # only a DTensor has one; its class is not imported where there is none
+    return hasattr(tensor, "device_mesh")
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -41,7 +48,7 @@ def is_sharded(network: nn.Module) -> bool:
 
 def norm_over_shards(norm: Tensor, shard: Tensor) -> Tensor:
     """Return the norm over all processes of tensors that are spread as `shard` is; `norm` is that of the parts here."""
-    if not isinstance(shard, DTensor):
+    if not is_shard(shard):
         return norm
     square = norm.square()
     dist.all_reduce(square, group=shard.device_mesh.get_group())
@@ -50,17 +57,19 @@ def norm_over_shards(norm: Tensor, shard: Tensor) -> Tensor:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of `tensor`, in the same memory; `tensor` itself where it is whole."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_shard(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return `tensor` gathered from all processes, which must all call it; `tensor` itself where it is whole."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_shard(tensor) else tensor
 
 
 def like(target: Tensor, source: Tensor) -> Tensor:
     """Return a copy of the whole tensor `source` on the device of `target`, and shared out as that is."""
-    if isinstance(target, DTensor):
+    if is_shard(target):
+        from torch.distributed.tensor import distribute_tensor
+
         # every process has all of it: nothing is sent
         return distribute_tensor(
             source.to(target.device, copy=True), target.device_mesh, target.placements, src_data_rank=None
