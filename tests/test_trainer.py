@@ -239,10 +239,14 @@ def test_a_save_that_fails_stops_the_run_at_the_next_step(tmp_path, monkeypatch)
 
     monkeypatch.setattr(checkpoint.writer, "save", refuse)
     run = Trainer._train_step
-    # the thread gets the time that a step of a real model takes
-    monkeypatch.setattr(
-        Trainer, "_train_step", lambda self: (run(self), self.finished > 4 and done.wait(20), time.sleep(0.1))
-    )
+
+    def step_of_a_large_model(self: Trainer) -> None:
+        run(self)
+        if self.finished > 4:
+            assert done.wait(20)
+            time.sleep(0.1)  # the thread has raised by then, too
+
+    monkeypatch.setattr(Trainer, "_train_step", step_of_a_large_model)
     with pytest.raises(checkpoint.CheckpointError, match="disk full"):
         trainer.fit()
     assert trainer.finished == 5
