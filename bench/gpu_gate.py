@@ -9,6 +9,7 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     tests       tests/gpu under pytest
     sanitizer   compute-sanitizer (memcheck) on the smallest cases of the tests
     kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
+    attention   bench.attention: ours against PyTorch's backends, the joint call against two evaluations
     optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
     training    the digits for a few hundred steps on the GPU: fused ops against the reference ops, losses and time
 
@@ -58,10 +59,21 @@ class Stage:
 
 
 def run(command: list[str], limit_s: int) -> tuple[int, str]:
-    """Return exit code and output (stdout and stderr together) of `command`, run at the root; 124 past the limit."""
+    """Return exit code and output (stdout and stderr together) of `command`, run at the root; 124 past the limit.
+
+    On the GPU, not in Triton's interpreter, whatever the environment says.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s, check=False
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=limit_s,
+            check=False,
         )
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout or ""
@@ -129,6 +141,28 @@ def kernels() -> Stage:
     return Stage("kernels", "passed", f"{len(ratios)} rows, {slower} slower than torch.compile", figures=figures)
 
 
+def attention() -> Stage:
+    """Ours against PyTorch's backends, and the joint call against two evaluations."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "attention.json"
+        code, output = run([sys.executable, "-m", "bench.attention", "--quick", "--json", str(file)], limit_s=100)
+        print(output, flush=True)
+        if code != 0:
+            return Stage("attention", "failed", last_line(output))
+        figures = json.loads(file.read_text(encoding="utf-8"))
+    ahead = []
+    for shape in {tuple(row["shape"]) for row in figures["attention"]}:
+        ms = {
+            row["way"]: row["both_ms"]
+            for row in figures["attention"]
+            if tuple(row["shape"]) == shape and "both_ms" in row
+        }
+        ours = ms.pop("ours")
+        ahead.append(f"{shape[1]}x{shape[3]} {min(ms.values()) / ours:.2f}" if ms else f"{shape[1]}x{shape[3]} alone")
+    detail = f"times the best of PyTorch: {', '.join(sorted(ahead))}"
+    return Stage("attention", "passed", detail, figures=figures)
+
+
 def optimizer() -> Stage:
     """The update of every model against PyTorch's, the official loop and apex."""
     if find_spec("_soflow_C") is None:
@@ -174,6 +208,7 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "tests": tests,
     "sanitizer": sanitizer,
     "kernels": kernels,
+    "attention": attention,
     "optimizer": optimizer,
     "training": training,
 }
@@ -207,7 +242,6 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: got no GPU, expected one: bench.gpu_gate runs what needs it", file=sys.stderr)
         return 2
-    os.environ.pop("TRITON_INTERPRET", None)
     stages = []
     for name in args.only or STAGES:
         print(f"== {name}", flush=True)

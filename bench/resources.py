@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from soflow.kernels import activation, adaln, attention_pair, loss, point
+from soflow.kernels import activation, adaln, attention_pair, loss, point, self_attention
 
-MODULES: tuple[ModuleType, ...] = (activation, adaln, attention_pair, loss, point)
+MODULES: tuple[ModuleType, ...] = (activation, adaln, attention_pair, loss, point, self_attention)
 ARCHITECTURES = (80, 90, 100)
 # bytes a program may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; columns of tensor memory on sm_100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -151,6 +151,9 @@ def launch_network(T: int, D: int, num_heads: int) -> None:
     activation._launch_gelu_fwd(wide, bias)
     activation._launch_gelu_bwd(wide, bias, wide)
     activation._launch_gelu_difference(activations(NUM_CONSISTENCY, 4 * D), activations(NUM_CONSISTENCY, 4 * D), bias)
+    qkv = activations(BATCH_SIZE, 3 * D)
+    o, lse = self_attention._launch_attention_fwd(qkv, num_heads)
+    self_attention._launch_attention_bwd(qkv, o, lse, o, num_heads)
     packed = activations(NUM_CONSISTENCY, 3 * D)
     attention_pair._launch_attention_difference(packed, packed, num_heads)
     activation._launch_silu_fwd(a.contiguous())

@@ -1,8 +1,8 @@
 """The ops of the engine, behind one seam: the same names and signatures as `soflow.kernels.reference`.
 
-Fused Triton kernels where there are any, the reference elsewhere: matrix products, convolutions, attention and the few
-numbers of a time embedding are left to PyTorch. On CPU tensors every op is its reference; where Triton is not installed
-(CPU builds of PyTorch) the whole namespace is.
+Fused Triton kernels where there are any, the reference elsewhere: matrix products, convolutions, attention of many
+tokens and the few numbers of a time embedding are left to PyTorch. On CPU tensors every op is its reference; where
+Triton is not installed (CPU builds of PyTorch) the whole namespace is.
 """
 
 from importlib.util import find_spec
@@ -21,3 +21,4 @@ if find_spec("triton") is not None:
     from soflow.kernels.attention_pair import attention_difference
     from soflow.kernels.loss import solution_loss
     from soflow.kernels.point import draw, interpolate, look_ahead, normal, uniform
+    from soflow.kernels.self_attention import attention

@@ -5,7 +5,7 @@ their inputs in the dtype of qkv and sum in fp32; scores, softmax and their diff
 
 A program owns a block of queries of one head and walks the keys twice: for the row maximum, the normaliser and
 z = sum(P u), then for dP = P (u - z) / (1 + z) and do = dP (v + dv) + P dv, with u = expm1(dS) and
-dS = dq k^T + (q + dq) dk^T. Attention itself is PyTorch's.
+dS = dq k^T + (q + dq) dk^T.
 """
 
 import torch
@@ -14,15 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.library import check, register
 from soflow.kernels.math import expm1
-from soflow.kernels.tuning import attention_launch
-
-
-@triton.jit
-def _load_block(ptr, base, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
-    mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
-    return tl.load(ptr + base + tokens[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+from soflow.kernels.self_attention import check_packed, load_block
+from soflow.kernels.tuning import attention_difference_launch
 
 
 @triton.jit
@@ -60,16 +55,16 @@ def _attention_difference_kernel(
     base_k = base_q + width
     base_v = base_k + width
 
-    q = _load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
-    dq = _load_block(dqkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    dq = load_block(dqkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
     q_moved = _sum(q, dq)
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     normaliser = tl.zeros((BLOCK_T,), tl.float32)
     z = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = _load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
-        dk = _load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        dk = load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
         S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
         new_max = tl.maximum(row_max, tl.max(S, axis=1))
         shrink = tl.exp(row_max - new_max)
@@ -82,13 +77,13 @@ def _attention_difference_kernel(
     do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = _load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
-        dk = _load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        dk = load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
         S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
         P = tl.exp(S - row_max[:, None]) / normaliser[:, None]
         dP = P * (expm1(dS) - z[:, None]) / (1.0 + z[:, None])
-        v = _load_block(qkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
-        dv = _load_block(dqkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
+        v = load_block(qkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
+        dv = load_block(dqkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
         do += tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
         do += tl.dot(P.to(v.dtype), dv, input_precision="ieee")
     offs = (sample * T + queries[:, None]) * width + head * HEAD_DIM + cols[None, :]
@@ -101,8 +96,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
     head_dim = width // (3 * num_heads)
     do = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
     if do.numel():
-        block_d = max(16, triton.next_power_of_2(head_dim))
-        launch = attention_launch(block_d)
+        launch = attention_difference_launch(head_dim)
         _attention_difference_kernel[(triton.cdiv(T, launch.block_t), B * num_heads)](
             qkv,
             dqkv,
@@ -111,7 +105,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
             num_heads,
             head_dim**-0.5,
             HEAD_DIM=head_dim,
-            BLOCK_D=block_d,
+            BLOCK_D=launch.block_d,
             BLOCK_T=launch.block_t,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
@@ -129,12 +123,6 @@ _attention_difference = register(
 
 def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).  See `reference.attention_difference`."""
-    check_dimensions("attention_difference", "qkv", qkv, 3, "(B, T, 3 H d)")
-    if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
-        raise ValueError(
-            f"attention_difference: num_heads: got {num_heads}, expected a divisor of {qkv.shape[2]} / 3, "
-            "a third of the last dimension of qkv"
-        )
-    shape = tuple(qkv.shape)
-    check("attention_difference", qkv.device, qkv=(qkv, shape), dqkv=(dqkv, shape))
+    check_packed("attention_difference", qkv, num_heads)
+    check("attention_difference", qkv.device, dqkv=(dqkv, tuple(qkv.shape)))
     return _attention_difference(qkv, dqkv, num_heads)

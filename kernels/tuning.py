@@ -9,6 +9,9 @@ from typing import NamedTuple
 # Programs that keep every multiprocessor of the largest GPU busy in a backward whose grid is (slabs, batch).
 FULL_GRID = 256
 MAX_SLABS = 8
+# Tokens of a head that one program of attention holds at once, and the widest head it is written for.
+FEW_TOKENS = 64
+MAX_HEAD_DIM = 128
 
 
 def norm_warps(D: int) -> int:
@@ -24,13 +27,37 @@ def num_slabs(B: int, T: int) -> int:
 
 
 class AttentionLaunch(NamedTuple):
-    """Queries of a program, which are also the keys per turn; warps; turns whose loads are under way at once."""
+    """Queries of a program, which are also the keys per turn; the padded width of a head; warps; turns under way."""
 
     block_t: int
+    block_d: int
     num_warps: int
     num_stages: int
 
 
-def attention_launch(head_width: int) -> AttentionLaunch:
-    """Return the launch of the attention difference for heads that are padded to `head_width` numbers."""
-    return AttentionLaunch(64, 8, 1) if head_width <= 64 else AttentionLaunch(32, 8, 2)
+def attention_launch(T: int, head_dim: int) -> AttentionLaunch:
+    """Return the launch of attention, forward and backward: up to FEW_TOKENS tokens are one block."""
+    block_d = _padded(head_dim)
+    if T <= FEW_TOKENS:
+        return AttentionLaunch(_padded(T), block_d, 4 if block_d <= 64 else 8, 1)
+    return AttentionLaunch(64, block_d, 4, 2) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
+
+
+def attention_difference_launch(head_dim: int) -> AttentionLaunch:
+    """Return the launch of the difference of attention."""
+    block_d = _padded(head_dim)
+    return AttentionLaunch(64, block_d, 8, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
+
+
+def attention_is_fused(T: int, head_dim: int) -> bool:
+    """Return whether attention itself is ours, for T tokens in heads of so many numbers, or PyTorch's.
+
+    Ours where the tokens of a head are one block: the tiles of the library kernels are twice as wide. For more tokens
+    PyTorch's, until `python -m bench.attention` has shown another to be faster.
+    """
+    return T <= FEW_TOKENS and head_dim <= MAX_HEAD_DIM
+
+
+def _padded(size: int) -> int:
+    # a side of a tensor-core product has at least 16
+    return max(16, 1 << max(size - 1, 0).bit_length())

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from soflow.flow import SolutionFlow
+    from soflow.flow_matching import FlowMatching
+    from soflow.meanflow import MeanFlow
     from soflow.objective import Batch, Objective, ObjectiveOutput
     from soflow.sampling import sample, sample_noise
     from soflow.times import gap_ratio, middle_time
@@ -13,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batch",
+    "FlowMatching",
+    "MeanFlow",
     "Objective",
     "ObjectiveOutput",
     "SolutionFlow",
@@ -25,6 +29,8 @@ __all__ = [
 # Loaded at first use: `soflow --help` should not wait for torch, and `soflow doctor` has to run without it.
 _HOMES = {
     "Batch": "soflow.objective",
+    "FlowMatching": "soflow.flow_matching",
+    "MeanFlow": "soflow.meanflow",
     "Objective": "soflow.objective",
     "ObjectiveOutput": "soflow.objective",
     "SolutionFlow": "soflow.flow",

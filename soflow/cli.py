@@ -127,14 +127,15 @@ def _summary(config: "Config", resume: Path | None) -> str:
 
     from soflow.data import open_source
     from soflow.distributed import resolve_device
-    from soflow.run_folder import build_flow, choose_ops, find_run
+    from soflow.memory import predict_peak
+    from soflow.run_folder import build_flow, find_run, training_ops
     from soflow.step import build_objective
     from soflow.trainer import require_matching_data
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)
     require_matching_data(config, source)
-    ops = choose_ops(config.engine.ops, device)
+    ops = training_ops(config, device)
     with torch.device("meta"):
         flow = build_flow(config.network, config.flow, ops)
     build_objective(config, ops)
@@ -143,11 +144,13 @@ def _summary(config: "Config", resume: Path | None) -> str:
     shape = " x ".join(map(str, source.image_shape))
     epochs = train.total_steps * train.batch_size / len(source)
     folder, start = find_run(config, resume, print)
+    memory = predict_peak(config, source.image_shape, device)
     lines = {
         "network": f"{network.name}, {millions:.1f} M parameters, {shape}, {network.num_classes or 'no'} classes",
         "data": f"{config.data.source}, {len(source)} samples, {source.num_classes} classes",
         "training": f"{train.total_steps} steps of {train.batch_size} samples: {epochs:.1f} epochs",
         "device": f"{device}, {config.engine.precision}",
+        "memory": f"{memory / 2**30:.1f} GiB of tensors at most",
         "run folder": f"{folder.path} ({'from the start' if start is None else f'continues from {start.name}'})",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in lines.items())

@@ -12,6 +12,28 @@ from typing import Annotated, Any, Literal
 
 # the relative width of a power-function profile of exponent 0, a plain mean
 MAX_SIGMA_REL = 12**-0.5
+# what an objective makes no use of, and must therefore be left as it is
+UNUSED = {
+    "soflow": (),
+    "meanflow": (
+        "objective.lookahead",
+        "times.velocity_mean",
+        "times.velocity_std",
+        "times.gap_method",
+        "times.gap_init",
+        "times.gap_end",
+    ),
+    "flow_matching": (
+        "objective.lookahead",
+        "times.t_mean",
+        "times.t_std",
+        "times.s_mean",
+        "times.s_std",
+        "times.gap_method",
+        "times.gap_init",
+        "times.gap_end",
+    ),
+}
 NULL_LABEL_NEEDS_CLASSES = "at least 1 class, because guidance compares a class with the null label"
 
 
@@ -51,12 +73,20 @@ class FlowConfig:
     parameterization: Annotated[Literal["euler", "trig"], "a and b of f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s)"] = (
         "euler"
     )
+    sampler: Annotated[
+        Literal["renoise", "chain", "euler", "heun"],
+        "samples in several calls: from fresh noise each time, by solutions in a chain, or by steps of the velocity",
+    ] = "renoise"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The two losses, their weights, and the guidance inside training."""
+    """The losses, their weights, and the guidance inside training."""
 
+    name: Annotated[
+        Literal["soflow", "meanflow", "flow_matching"],
+        "what the network learns: the solution function, or for comparison average velocities or the velocity",
+    ] = "soflow"
     fm_ratio: Annotated[float, "share of a batch that trains the velocity (flow matching)"] = 0.75
     cfg_scale: Annotated[float, "guidance strength built into the velocity; 1 is none"] = 1.0
     cfg_decay_time: Annotated[float, "guidance fades out above this time; 1 is never"] = 1.0
@@ -187,6 +217,7 @@ class TrainConfig:
 
     total_steps: Annotated[int, "optimizer steps; the gap schedule ends there"]
     batch_size: Annotated[int, "global batch, over all processes"]
+    accumulation: Annotated[int, "parts of a batch that go through the network one after the other, to save memory"] = 1
     log_every: Annotated[int, "steps per line of metrics.jsonl"] = 100
     sample_every: Annotated[int, "steps between sample grids; 0 draws none"] = 1000
     sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
@@ -195,7 +226,7 @@ class TrainConfig:
     keep_every: Annotated[int, "checkpoints of steps that this divides are kept besides; 0: there are none"] = 0
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "batch_size", "log_every", "sample_nfe", "checkpoint_every"):
+        for name in ("total_steps", "batch_size", "accumulation", "log_every", "sample_nfe", "checkpoint_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("sample_every", "keep_last", "keep_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
@@ -210,9 +241,13 @@ class EngineConfig:
         Literal["fp32", "tf32", "bf16"],
         "products in float32; on a GPU in TF32; or of bfloat16 copies of the blocks' weights, which stay float32",
     ] = "fp32"
-    ops: Annotated[Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU"] = (
-        "auto"
-    )
+    ops: Annotated[
+        Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU and for meanflow"
+    ] = "auto"
+    recompute: Annotated[
+        Literal["none", "norms", "blocks"],
+        "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",
+    ] = "none"
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
     parallel: Annotated[
         Literal["ddp", "fsdp"], "of several processes, ddp: each has the whole model; fsdp: each has a part of it"
@@ -256,3 +291,24 @@ class Config:
                 self.network.num_classes >= 1,
                 NULL_LABEL_NEEDS_CLASSES,
             )
+        self._require_what_the_objective_takes()
+
+    def _require_what_the_objective_takes(self) -> None:
+        name, flow = self.objective.name, self.flow
+        because = f"because objective.name is {name}"
+        for dotted in UNUSED[name]:
+            section, _, unused = dotted.partition(".")
+            part = getattr(self, section)
+            default = type(part).__dataclass_fields__[unused].default
+            got = getattr(part, unused)
+            require(section, unused, got, got == default, f"{default!r}, its default: without use, {because}")
+        if name == "meanflow":
+            euler = flow.parameterization == "euler"
+            require("flow", "parameterization", flow.parameterization, euler, f"euler, {because}: F is a mean velocity")
+            ops, has_derivative = self.engine.ops, self.engine.ops != "fused"
+            expected = f"auto or reference, {because}: fused kernels have no forward-mode derivative"
+            require("engine", "ops", ops, has_derivative, expected)
+        if name == "flow_matching":
+            ratio, sampler = self.objective.fm_ratio, flow.sampler
+            require("objective", "fm_ratio", ratio, ratio == 1, f"1, {because}: every row trains the velocity")
+            require("flow", "sampler", sampler, sampler in ("euler", "heun"), f"euler or heun, {because}: no solutions")

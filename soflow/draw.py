@@ -9,7 +9,7 @@ from torch import Tensor
 from soflow.config import ObjectiveConfig, TimesConfig
 from soflow.kernels import reference
 from soflow.objective import Batch
-from soflow.times import consistency_times, logit_normal, middle_time
+from soflow.times import consistency_times, logit_normal, middle_time, ordered_times
 
 TIME_STREAM, NULL_STREAM = reference.FREE_STREAM, reference.FREE_STREAM + 1
 
@@ -62,15 +62,20 @@ def sample_batch(
 
     mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
     positions: (B,) int64, place of each row in the global batch.  r: the gap ratio of this step.
+    Objective meanflow orders the draws of t and s, and its velocity rows take that t, as the paper has it.
     """
     seeds = torch.full_like(positions, seed)
     steps = torch.full_like(positions, step)
     x_0, x_1 = ops.draw(mean, std, seeds, steps, positions)
     z = ops.normal(seeds, steps, TIME_STREAM, positions, 3)
-    t_velocity = logit_normal(z[:, 0], times.velocity_mean, times.velocity_std)
-    t, s = consistency_times(
-        logit_normal(z[:, 1], times.t_mean, times.t_std), logit_normal(z[:, 2], times.s_mean, times.s_std)
-    )
+    t_draw = logit_normal(z[:, 1], times.t_mean, times.t_std)
+    s_draw = logit_normal(z[:, 2], times.s_mean, times.s_std)
+    if objective.name == "meanflow":
+        t, s = ordered_times(t_draw, s_draw)
+        t_velocity = t
+    else:
+        t, s = consistency_times(t_draw, s_draw)
+        t_velocity = logit_normal(z[:, 0], times.velocity_mean, times.velocity_std)
     is_velocity = torch.arange(len(positions), device=positions.device) < num_velocity
     return Batch(
         x_0=x_0,

@@ -1,5 +1,10 @@
-"""The objective: velocity loss and solution consistency loss of one batch, with guidance, in two network calls."""
+"""SoFlow's objective: velocity and solution consistency loss of one batch, with guidance, in two network calls.
 
+Here too is what the other objectives (`soflow.meanflow`, `soflow.flow_matching`) share with it: what a batch is, what
+comes out, and the guided velocity.
+"""
+
+import abc
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -54,12 +59,11 @@ class ObjectiveOutput:
     consistency_weight: Tensor
 
 
-class Objective:
-    """SoFlow's training objective (arXiv 2512.15657), as callable objective(flow, batch).
+class GuidedObjective(abc.ABC):
+    """A loss of a batch, as callable objective(flow, batch), on the velocity that guidance and mixing make of it.
 
-    Velocity rows: weighted |v_pred - v|^2 at s = t. Consistency rows: the gradient of weighted |slope|^2, slope
-    q = (f_t - f_l) / (t - l), where x_l = x_t + v (l - t) and F_l is detached. v is guided, decayed and mixed.
-    lookahead: "difference" takes F_l - F_t from difference propagation, "two_pass" evaluates F twice and subtracts.
+    v = m (v_t + d(t) (cfg_scale - 1) (v_t - v_uncond)) + (1 - m) v_cond, m = mix_ratio, d(t) by `cfg_decay`; raw v_t in
+    rows of the null mask. Every mean square has the weight (mse + loss_eps)^-loss_p. ops: as those of the network.
     """
 
     def __init__(
@@ -69,44 +73,37 @@ class Objective:
         mix_ratio: float = 1.0,
         loss_p: float = 1.0,
         loss_eps: float = 0.01,
-        lookahead: Lookahead = "difference",
         ops: ModuleType | None = None,
     ) -> None:
         if cfg_scale < 1.0:
             raise ValueError(f"cfg_scale: got {cfg_scale}, expected at least 1")
-        if lookahead not in ("difference", "two_pass"):
-            raise ValueError(f"lookahead: got {lookahead!r}, expected 'difference' or 'two_pass'")
         self.cfg_scale = cfg_scale
         self.cfg_decay_time = cfg_decay_time
         self.mix_ratio = mix_ratio
         self.loss_p = loss_p
         self.loss_eps = loss_eps
-        self.lookahead = lookahead
         self.ops = reference if ops is None else ops
 
+    @abc.abstractmethod
     def __call__(self, flow: SolutionFlow, batch: Batch) -> ObjectiveOutput:
         """Return the losses of `batch` under `flow`; shapes and rows as `Batch` says."""
-        x_t, v_t = self.ops.interpolate(batch.x_0, batch.x_1, *path_coefficients(flow.path, batch.t))
-        v, dx, mix = self._look_ahead(flow, batch, x_t, v_t)
-        F_t, dF = self._joint_call(flow, batch, x_t, dx)
-        loss, statistics = self.ops.solution_loss(
-            F_t, dF, x_t, v, *_residual_terms(flow, batch, mix), self.loss_p, self.loss_eps
-        )
-        return ObjectiveOutput(loss, *statistics.flatten().unbind())
 
-    def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
-        """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""
-        with torch.no_grad():
-            x_t, v_t = self.ops.interpolate(batch.x_0, batch.x_1, *path_coefficients(flow.path, batch.t))
-            v, dx, mix = self._look_ahead(flow, batch, x_t, v_t)
-            F_t, dF = self._joint_call(flow, batch, x_t, dx)
-            coefficients, _, _ = _residual_terms(flow, batch, mix)
-            rows = slice(batch.num_velocity, None)
-            terms = (x_t[rows], v[rows], F_t[rows], dF)
-            return sum(c.view(-1, 1, 1, 1) * term for c, term in zip(coefficients[rows].unbind(1), terms, strict=True))
+    def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
+        """Return the operations of a step of num_rows rows, in forward calls of one row; a backward call is two."""
+        calls = 3 * num_rows
+        if conditional and self.cfg_scale > 1.0:
+            calls += num_rows if self.mix_ratio == 1.0 else num_rows + num_rows - num_velocity
+        return calls
 
-    def _look_ahead(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The velocity of every row, the step dx of the consistency rows, and the mix m of every row."""
+    def point(self, flow: SolutionFlow, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return x_t and its velocity v_t, (B, C, H, W)."""
+        return self.ops.interpolate(batch.x_0, batch.x_1, *path_coefficients(flow.path, batch.t))
+
+    def look_ahead(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return v of every row, the step dx = v (l - t) of the consistency rows, and the mix m of every row.
+
+        In velocity rows v is not mixed yet: their own prediction takes part through the loss.
+        """
         t, nv = batch.t, batch.num_velocity
         dt = batch.l[nv:] - t[nv:]
         if batch.labels is None or self.cfg_scale == 1.0:
@@ -125,12 +122,59 @@ class Objective:
             v, dx = self.ops.look_ahead(v_t, v_uncond, v_cond, strength, mix, dt)
         return v, dx, mix
 
+
+class Objective(GuidedObjective):
+    """SoFlow's training objective (arXiv 2512.15657).
+
+    Velocity rows: weighted |v_pred - v|^2 at s = t. Consistency rows: the gradient of weighted |slope|^2, slope
+    q = (f_t - f_l) / (t - l), where x_l = x_t + v (l - t) and F_l is detached. v is guided, decayed and mixed.
+    lookahead: "difference" takes F_l - F_t from difference propagation, "two_pass" evaluates F twice and subtracts.
+    """
+
+    def __init__(
+        self,
+        cfg_scale: float = 1.0,
+        cfg_decay_time: float = 1.0,
+        mix_ratio: float = 1.0,
+        loss_p: float = 1.0,
+        loss_eps: float = 0.01,
+        lookahead: Lookahead = "difference",
+        ops: ModuleType | None = None,
+    ) -> None:
+        super().__init__(cfg_scale, cfg_decay_time, mix_ratio, loss_p, loss_eps, ops)
+        if lookahead not in ("difference", "two_pass"):
+            raise ValueError(f"lookahead: got {lookahead!r}, expected 'difference' or 'two_pass'")
+        self.lookahead = lookahead
+
+    def __call__(self, flow: SolutionFlow, batch: Batch) -> ObjectiveOutput:
+        """Return the losses of `batch` under `flow`; shapes and rows as `Batch` says."""
+        x_t, v_t = self.point(flow, batch)
+        v, dx, mix = self.look_ahead(flow, batch, x_t, v_t)
+        F_t, dF = self._joint_call(flow, batch, x_t, dx)
+        loss, statistics = self.ops.solution_loss(
+            F_t, dF, x_t, v, *_residual_terms(flow, batch, mix), self.loss_p, self.loss_eps
+        )
+        return ObjectiveOutput(loss, *statistics.flatten().unbind())
+
+    def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
+        """Return the operations of a step in forward calls of one row; the difference of a row is one more."""
+        return super().step_calls(num_rows, num_velocity, conditional) + num_rows - num_velocity
+
+    def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
+        """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""
+        with torch.no_grad():
+            x_t, v_t = self.point(flow, batch)
+            v, dx, mix = self.look_ahead(flow, batch, x_t, v_t)
+            F_t, dF = self._joint_call(flow, batch, x_t, dx)
+            coefficients, _, _ = _residual_terms(flow, batch, mix)
+            rows = slice(batch.num_velocity, None)
+            c_x, c_v, c_F, c_d = coefficients[rows].unflatten(1, (4, 1, 1, 1)).unbind(1)
+            return c_x * x_t[rows] + c_v * v[rows] + c_F * F_t[rows] + c_d * dF
+
     def _joint_call(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         """F_t of every row with gradient, and dF = F_l - F_t of the consistency rows without."""
-        t, nv, labels = batch.t, batch.num_velocity, batch.labels
-        s = torch.cat((t[:nv], batch.s[nv:]))
-        if labels is not None:
-            labels = torch.where(batch.null_mask, flow.network.num_classes, labels)
+        t, nv = batch.t, batch.num_velocity
+        s, labels = end_times(batch), trained_labels(flow, batch)
         if self.lookahead == "difference":
             dt = batch.l[nv:] - t[nv:]
             return flow.network.forward_difference(x_t, dx, t, dt, s, labels, batch.augment_labels)
@@ -147,22 +191,41 @@ class Objective:
             return F_t, flow.network(x_t[nv:] + dx, batch.l[nv:], s[nv:], *conditions) - F_t[nv:]
 
 
-def _residual_terms(flow: SolutionFlow, batch: Batch, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients of the residual in (x, v, F, dF), scale of the weight and factor of the gradient, per row.
+def end_times(batch: Batch) -> Tensor:
+    """Return s of every row, (B,): t itself in velocity rows."""
+    nv = batch.num_velocity
+    return torch.cat((batch.t[:nv], batch.s[nv:]))
 
-    Velocity rows: v_pred - (m v + (1 - m) v_pred) = m (v_pred - v), whose gradient is that of v_pred alone.
-    Consistency rows: the slope; sign(b) stands for b / |b|, because the weight divides by |b| (half the gradient of
-    the weighted square, as the released models were trained).
+
+def trained_labels(flow: SolutionFlow, batch: Batch) -> Tensor | None:
+    """Return the labels of every row with the null label in rows of the null mask; None for unconditional."""
+    if batch.labels is None:
+        return None
+    return torch.where(batch.null_mask, flow.network.num_classes, batch.labels)
+
+
+def velocity_terms(flow: SolutionFlow, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return coefficients of the residual in (x, v, F, dF), scale of the weight and factor of the gradient, per row.
+
+    The velocity error with v_pred mixed into the target: v_pred - (m v + (1 - m) v_pred) = m (v_pred - v), whose
+    gradient is that of the first v_pred alone.  mix m: (B,).
     """
-    nv, factor = batch.num_velocity, velocity_factor(flow.parameterization)
-    m, zeros, ones = mix[:nv], torch.zeros_like(mix[:nv]), torch.ones_like(mix)
+    factor, zeros, ones = velocity_factor(flow.parameterization), torch.zeros_like(mix), torch.ones_like(mix)
+    return torch.stack((zeros, -mix, factor * mix, zeros), dim=1), ones / factor, 2.0 * factor * ones
+
+
+def _residual_terms(flow: SolutionFlow, batch: Batch, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `velocity_terms` returns, of every row; in consistency rows the residual is the slope.
+
+    sign(b) stands for b / |b|, because the weight divides by |b| (half the gradient of the weighted square, as the
+    released models were trained).
+    """
+    nv = batch.num_velocity
+    coefficients, weight_scale, gradient_factor = velocity_terms(flow, mix[:nv])
     _, b_ts = solution_coefficients(flow.parameterization, batch.t[nv:], batch.s[nv:])
-    coefficients = torch.cat(
-        (
-            torch.stack((zeros, -m, factor * m, zeros), dim=1),
-            slope_coefficients(flow.parameterization, batch.t[nv:], batch.l[nv:], batch.s[nv:]),
-        )
+    slope = slope_coefficients(flow.parameterization, batch.t[nv:], batch.l[nv:], batch.s[nv:])
+    return (
+        torch.cat((coefficients, slope)),
+        torch.cat((weight_scale, torch.ones_like(b_ts))),
+        torch.cat((gradient_factor, b_ts.sign())),
     )
-    weight_scale = torch.cat((ones[:nv] / factor, ones[nv:]))
-    gradient_factor = torch.cat((2.0 * factor * ones[:nv], b_ts.sign()))
-    return coefficients, weight_scale, gradient_factor

@@ -26,7 +26,7 @@ from soflow.models import build_network
 FREE_FIELDS = {
     "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
     "optim": ("max_bad_steps",),
-    "engine": ("device", "threads", "parallel", "timeout_s", "grace_s"),
+    "engine": ("device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }
 
 
@@ -119,10 +119,15 @@ def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device)
     return kernels if ops == "fused" else reference
 
 
+def training_ops(config: Config, device: torch.device) -> ModuleType:
+    """Return the ops a run trains with: as `choose_ops`, except that meanflow needs those that have a derivative."""
+    return reference if config.objective.name == "meanflow" else choose_ops(config.engine.ops, device)
+
+
 def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> SolutionFlow:
     """Build the network, which computes with `ops`, and the flow around it."""
     shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization)
+    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization, flow.sampler)
 
 
 def load_flow(

@@ -1,6 +1,7 @@
 """Images from noise, in one network call or a few."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -36,15 +37,20 @@ def sample(
     renoise: Sequence[Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return images x_0 = f(noise, 1, 0), (N, C, H, W), noised to 1 - i / nfe and solved again nfe - 1 times.
+    """Return images of standard normal noise, (N, C, H, W), in nfe network calls, as `flow.sampler` says.
 
+    renoise: x = f(x, 1, 0), noised to 1 - i / nfe with fresh noise and solved to 0 again nfe - 1 times.
+    chain: x = f(x, t, s) along the times t, s = 1 - i / nfe, which needs a solution trained between any two times.
+    euler, heun: the velocity integrated along equally spaced times, with one or two network calls per step.
     labels: (N,) int64, or None for the null label.  noise: (N, C, H, W) standard normal, and renoise: nfe - 1 of them;
-    what is None is drawn from `generator`.  Every round starts from fresh noise, never from f(x, 1, 0.5).
+    what is None is drawn from `generator`.  Raises ValueError for an nfe below 1, or odd where the sampler is heun.
     """
     if nfe < 1:
         raise ValueError(f"nfe: got {nfe}, expected at least 1")
     if renoise is not None and len(renoise) != nfe - 1:
         raise ValueError(f"renoise: got {len(renoise)} tensors, expected nfe - 1 = {nfe - 1}")
+    if flow.sampler == "heun" and nfe % 2:
+        raise ValueError(f"nfe: got {nfe}, expected an even number, because the sampler heun makes two calls per step")
     parameter = next(flow.parameters())
 
     def fresh() -> Tensor:
@@ -53,11 +59,27 @@ def sample(
     x = fresh() if noise is None else noise
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"noise: got shape {tuple(x.shape)}, expected {tuple(shape)}")
-    end = torch.zeros(len(x), device=x.device, dtype=x.dtype)
-    for step in range(nfe):
-        t = torch.full_like(end, 1.0 - step / nfe)
-        if step > 0:
-            x_1 = fresh() if renoise is None else renoise[step - 1]
-            x, _ = reference.interpolate(x, x_1, *path_coefficients(flow.path, t))
-        x = flow.solve(x, t, end, labels)
+    steps = nfe // 2 if flow.sampler == "heun" else nfe
+    times = [torch.full((len(x),), 1.0 - step / steps, device=x.device, dtype=x.dtype) for step in range(steps + 1)]
+    if flow.sampler == "renoise":
+        for step, t in enumerate(times[:-1]):
+            if step > 0:
+                x_1 = fresh() if renoise is None else renoise[step - 1]
+                x, _ = reference.interpolate(x, x_1, *path_coefficients(flow.path, t))
+            x = flow.solve(x, t, times[-1], labels)
+        return x
+    samplers: dict[str, Callable[..., Tensor]] = {"chain": SolutionFlow.solve, "euler": _euler, "heun": _heun}
+    for t, s in pairwise(times):
+        x = samplers[flow.sampler](flow, x, t, s, labels)
     return x
+
+
+def _euler(flow: SolutionFlow, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    return x + (s - t)[:, None, None, None] * flow.velocity(x, t, labels)
+
+
+def _heun(flow: SolutionFlow, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None) -> Tensor:
+    """Heun's method: the mean of the velocities before and after an Euler step."""
+    dt = (s - t)[:, None, None, None]
+    v = flow.velocity(x, t, labels)
+    return x + dt * (0.5 * (v + flow.velocity(x + dt * v, s, labels)))

@@ -1,5 +1,7 @@
 """One training step: draw, guide, look ahead, joint call, loss, backward, update; its statistics stay on the device."""
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 import torch
@@ -10,7 +12,9 @@ from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
 from soflow.flow import SolutionFlow
-from soflow.objective import Batch, Objective, ObjectiveOutput
+from soflow.flow_matching import FlowMatching
+from soflow.meanflow import MeanFlow
+from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
 from soflow.sharding import is_sharded
 from soflow.times import gap_ratio
@@ -27,11 +31,14 @@ SUMMED = (
     "grad_norm",
     "skipped_steps",
 )
+# of ObjectiveConfig, and of every objective alike
+SHARED_FIELDS = ("cfg_scale", "cfg_decay_time", "mix_ratio", "loss_p", "loss_eps")
 
 
 class TrainingStep:
-    """Trains `flow` by one global batch a call, of which this process has the rows `share`.
+    """Trains `flow` by one global batch a call, of which this process has the rows at `positions`.
 
+    The batch goes through the network in `train.accumulation` parts of which each has its share of both kinds of rows.
     flow: computes; its weights, or those that shadow them, are the ones that `optimizer` moves.
     sums: of the statistics `SUMMED` over the steps since they were last zeroed, weighted so that the sum over all
     processes is that of the global batch, (9,) float64 on the device; `num_summed` counts those steps.
@@ -45,14 +52,19 @@ class TrainingStep:
         self.optimizer = optimizer
         self.ops = ops
         self.device = processes.device
-        batch_size = config.train.batch_size
-        self.share = share_batch(batch_size, config.objective.fm_ratio, processes.rank, processes.world_size)
-        self.positions = torch.tensor(self.share.positions, device=self.device)
-        self.module: nn.Module = _Losses(flow, build_objective(config, ops))
-        if processes.world_size > 1 and not is_sharded(flow.network):
+        num_parts, world_size = config.train.accumulation, processes.world_size
+        # as if each part were a process of its own: together they have the rows of this process
+        self.parts = [
+            _Part(config, processes.rank * num_parts + part, world_size * num_parts, self.device)
+            for part in range(num_parts)
+        ]
+        self.positions = tuple(position for part in self.parts for position in part.share.positions)
+        self.objective = build_objective(config, ops)
+        self.module: nn.Module = _Losses(flow, self.objective)
+        if world_size > 1 and not is_sharded(flow.network):
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         # DDP and FSDP average over processes, whose shares may differ by a row: weigh each by its rows.
-        self.loss_scale = len(self.share) / batch_size * processes.world_size
+        self.loss_scales = [len(part.share) / config.train.batch_size * world_size for part in self.parts]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         self.num_summed = 0
         self._bad_in_row = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -60,16 +72,21 @@ class TrainingStep:
         self._most_bad_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
         self._most_bad_seen = 0
         self._copied: torch.cuda.Event | None = None
-        self._weights = self._summing_weights(processes.world_size)
+        self._norm_weight = 1.0 / world_size
 
     def __call__(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> None:
-        """Make the 0-based `step` on this process's samples, as `Source.read` gives them."""
-        batch = self.draw(mean, std, labels, step)
+        """Make the 0-based `step` on this process's samples, those at `positions`, as `Source.read` gives them."""
         self.optimizer.zero_grad(set_to_none=True)
-        out: ObjectiveOutput = self.module(batch)
-        (out.loss * self.loss_scale).backward()
+        means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(self.draw(mean, std, labels, step)):
+            # the last part alone sends gradients to the other processes
+            together = index == len(self.parts) - 1 or not isinstance(self.module, DistributedDataParallel)
+            with nullcontext() if together else self.module.no_sync():  # type: ignore[operator]
+                out: ObjectiveOutput = self.module(batch)
+                (out.loss * self.loss_scales[index]).backward()
+            means += _statistics(out) * self.parts[index].weights
         self.optimizer.step()
-        self._accumulate(out)
+        self._accumulate(means)
 
     def most_bad_in_row(self) -> int:
         """Return the most steps in a row so far without a finite gradient; on a GPU as it was some steps ago.
@@ -85,62 +102,80 @@ class TrainingStep:
             self._copied.record()
         return self._most_bad_seen
 
-    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> Batch:
-        """Return the batch of the 0-based `step` on these samples, with the noise and times of that step."""
-        config = self.config
-        return sample_batch(
-            mean.to(self.device),
-            None if std is None else std.to(self.device),
-            labels.to(self.device) if config.network.num_classes else None,
-            self.positions,
-            self.share.num_velocity,
-            seed=config.seed,
-            step=step,
-            r=gap_ratio_at(config, step),
-            times=config.times,
-            objective=config.objective,
-            ops=self.ops,
-        )
+    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> Iterator[Batch]:
+        """Yield the parts of the batch of the 0-based `step` on these samples, with noise and times of that step."""
+        config, first = self.config, 0
+        for part in self.parts:
+            rows = slice(first, first + len(part.share))
+            first = rows.stop
+            yield sample_batch(
+                mean[rows].to(self.device),
+                None if std is None else std[rows].to(self.device),
+                labels[rows].to(self.device) if config.network.num_classes else None,
+                part.positions,
+                part.share.num_velocity,
+                seed=config.seed,
+                step=step,
+                r=gap_ratio_at(config, step),
+                times=config.times,
+                objective=config.objective,
+                ops=self.ops,
+            )
 
-    def _accumulate(self, out: ObjectiveOutput) -> None:
-        norm = self.optimizer.grad_norm
-        values = (
-            out.loss.detach(),
-            out.velocity_loss,
-            out.velocity_mse,
-            out.velocity_weight,
-            out.consistency_loss,
-            out.consistency_mse,
-            out.consistency_weight,
-            norm,
-            torch.zeros_like(norm),
-        )
-        row = torch.stack(values).double()
+    def flops(self) -> int:
+        """Return the operations of a step of this process: matrix products of the model, nothing computed twice."""
+        conditional = self.config.network.num_classes > 0
+        shares = (part.share for part in self.parts)
+        calls = sum(self.objective.step_calls(len(share), share.num_velocity, conditional) for share in shares)
+        return calls * self.flow.network.forward_flops()
+
+    def _accumulate(self, means: Tensor) -> None:
+        norm = self.optimizer.grad_norm.double()
+        row = torch.cat((means, torch.stack((norm, torch.zeros_like(norm))) * self._norm_weight))
         finite = torch.isfinite(norm)
         self._bad_in_row.add_(1).mul_(~finite)
         torch.maximum(self._most_bad, self._bad_in_row, out=self._most_bad)
         if self.config.optim.nonfinite != "step":
             skipped = torch.zeros_like(row)
-            skipped[-1] = 1.0
+            skipped[-1] = self._norm_weight
             row = torch.where(finite, row, skipped)
-        self.sums += row * self._weights
+        self.sums += row
         self.num_summed += 1
 
-    def _summing_weights(self, world_size: int) -> Tensor:
-        """This process's share of each summed mean: of all rows, velocity rows, consistency rows, the norm, skips."""
-        batch_size, share = self.config.train.batch_size, self.share
-        num_velocity = int(self.config.objective.fm_ratio * batch_size)
-        rows = len(share) / batch_size
-        velocity = share.num_velocity / max(num_velocity, 1)
-        consistency = (len(share) - share.num_velocity) / max(batch_size - num_velocity, 1)
-        weights = (rows, *(velocity,) * 3, *(consistency,) * 3, *(1.0 / world_size,) * 2)
-        return torch.tensor(weights, dtype=torch.float64, device=self.device)
+
+class _Part:
+    """Rows of the global batch that go through the network at once, and their weights in its statistics."""
+
+    def __init__(self, config: Config, index: int, num_parts: int, device: torch.device) -> None:
+        batch_size, fm_ratio = config.train.batch_size, config.objective.fm_ratio
+        self.share = share_batch(batch_size, fm_ratio, index, num_parts)
+        self.positions = torch.tensor(self.share.positions, device=device)
+        num_velocity = int(fm_ratio * batch_size)
+        rows = len(self.share) / batch_size
+        velocity = self.share.num_velocity / max(num_velocity, 1)
+        consistency = (len(self.share) - self.share.num_velocity) / max(batch_size - num_velocity, 1)
+        weights = (rows, *(velocity,) * 3, *(consistency,) * 3)
+        self.weights = torch.tensor(weights, dtype=torch.float64, device=device)
+
+
+def _statistics(out: ObjectiveOutput) -> Tensor:
+    """The values of SUMMED that an objective gives."""
+    values = (
+        out.loss.detach(),
+        out.velocity_loss,
+        out.velocity_mse,
+        out.velocity_weight,
+        out.consistency_loss,
+        out.consistency_mse,
+        out.consistency_weight,
+    )
+    return torch.stack(values).double()
 
 
 class _Losses(nn.Module):
     """Objective and flow as one module, because DDP hooks on forward."""
 
-    def __init__(self, flow: SolutionFlow, objective: Objective) -> None:
+    def __init__(self, flow: SolutionFlow, objective: GuidedObjective) -> None:
         super().__init__()
         self.flow = flow
         self.objective = objective
@@ -149,18 +184,15 @@ class _Losses(nn.Module):
         return self.objective(self.flow, batch)
 
 
-def build_objective(config: Config, ops: ModuleType) -> Objective:
+def build_objective(config: Config, ops: ModuleType) -> GuidedObjective:
     """Return the objective of a configuration."""
     objective = config.objective
-    return Objective(
-        cfg_scale=objective.cfg_scale,
-        cfg_decay_time=objective.cfg_decay_time,
-        mix_ratio=objective.mix_ratio,
-        loss_p=objective.loss_p,
-        loss_eps=objective.loss_eps,
-        lookahead=objective.lookahead,
-        ops=ops,
-    )
+    shared = {field: getattr(objective, field) for field in SHARED_FIELDS}
+    if objective.name == "meanflow":
+        return MeanFlow(**shared, ops=ops)
+    if objective.name == "flow_matching":
+        return FlowMatching(**shared, ops=ops)
+    return Objective(**shared, lookahead=objective.lookahead, ops=ops)
 
 
 def gap_ratio_at(config: Config, step: int) -> float:

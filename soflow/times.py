@@ -40,6 +40,11 @@ def logit_normal(z: Tensor, mean: float, std: float) -> Tensor:
     return torch.sigmoid(z * std + mean)
 
 
+def ordered_times(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return t = max(a, b) and s = min(a, b), as MeanFlow draws them."""
+    return torch.maximum(a, b), torch.minimum(a, b)
+
+
 def consistency_times(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Return t = max(t, 1e-4) and s = min(s, t - 1e-4): drawn independently, s may lie at the least gap below t."""
     t = t.clamp(min=MIN_GAP)

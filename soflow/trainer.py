@@ -1,37 +1,34 @@
 """The life of a run: what it is built of, its loop over steps, logs, samples, checkpoints, and stopping early."""
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from soflow import checkpoint
-from soflow.config import Config, EngineConfig
+from soflow.assembly import assemble
+from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import Source, batch_indices, open_source
 from soflow.distributed import Ballot, Processes
-from soflow.ema import Ema
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
-from soflow.optim import build_optimizer
-from soflow.precision import working_copy
+from soflow.memory import require_memory
+from soflow.meters import Meter, peak_flops
 from soflow.run_folder import (
     RunError,
-    build_flow,
     checkpoint_meta,
-    choose_ops,
     find_run,
     require_own_checkpoint,
+    training_ops,
 )
 from soflow.sampling import sample, sample_noise
-from soflow.sharding import is_sharded, like, shard_network, whole
-from soflow.step import SUMMED, TrainingStep, gap_ratio_at
+from soflow.sharding import is_sharded, like, whole
+from soflow.step import SUMMED, gap_ratio_at
 from soflow.watchdog import Watchdog
 
 GRID_COLUMNS = 10
@@ -56,26 +53,16 @@ class Trainer:
         self.processes = processes
         self.source = open_source(config.data)
         require_matching_data(config, self.source)
-        require_rows_for_all(config.train.batch_size, processes.world_size)
+        require_rows_for_all(config.train, processes.world_size)
         configure_torch(config.engine)
 
-        self.ops = choose_ops(config.engine.ops, processes.device)
-        self.flow = initial_flow(config, self.ops)
-        network = self.flow.network
-        self.ema = Ema(config.ema, network)
-        if config.engine.parallel == "fsdp" and processes.world_size > 1:
-            # before they go to the device, which may be too small for all of them
-            shard_network(network, processes, config.engine.precision)
-            shard_network(self.ema.network, processes, "fp32")
-            self.ema.track(network)
-            working, shadows = network, dict[Tensor, Tensor]()
-        else:
-            self.flow.to(processes.device)
-            self.ema.network.to(processes.device)
-            working, shadows = working_copy(network, config.engine.precision)
-        self.optimizer = build_optimizer(config.optim, network.parameters(), [self.ema], shadows)
-        computing = SolutionFlow(working, self.flow.path, self.flow.parameterization)
-        self.step = TrainingStep(config, processes, computing, self.optimizer, self.ops)
+        self.ops = training_ops(config, processes.device)
+        # the prediction is that of whole weights
+        if processes.device.type == "cuda" and config.engine.parallel == "ddp":
+            total = torch.cuda.get_device_properties(processes.device).total_memory
+            require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
+        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
+        self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
 
         self.finished = 0
         self.folder, start = self._on_first(lambda: find_run(config, resume, print))
@@ -112,7 +99,7 @@ class Trainer:
         train = self.config.train
         first = self.processes.is_first
         ballot = Ballot(self.processes, 3)
-        timer = _Timer(self.processes.device)
+        self.meter.restart()
         stopping = False
         with (
             closing(RunLog(self.folder.path, train.total_steps, self.finished) if first else NullLog()) as log,
@@ -124,19 +111,19 @@ class Trainer:
             while self.finished < last and not stopping:
                 self._train_step()
                 watchdog.beat(self.finished)
-                timer.count()
+                self.meter.count()
                 log.advance(self.finished)
                 votes = ballot.cast(watchdog.stop_signal is not None, writer.failed, self._is_diverging())
                 stopping = self._heed(votes, writer)
                 done = self.finished == train.total_steps
                 if self.finished % train.log_every == 0 or done:
-                    log.interval(self.finished, self._interval_means() | timer.rates(train.batch_size))
-                    timer.restart()
+                    log.interval(self.finished, self._interval_means() | self.meter.read())
+                    self.meter.restart()
                 if train.sample_every and (self.finished % train.sample_every == 0 or done):
-                    with timer.paused():
+                    with self.meter.paused():
                         self._draw_samples(log)
                 if self.finished % train.checkpoint_every == 0 or done:
-                    with timer.paused():
+                    with self.meter.paused():
                         self._save(writer)
                 watchdog.beat(self.finished)
             self._heed(ballot.result(), writer)
@@ -165,7 +152,9 @@ class Trainer:
     def _train_step(self) -> None:
         config = self.config
         indices = batch_indices(len(self.source), config.train.batch_size, config.seed, self.finished)
-        self.step(*self.source.read(indices[list(self.step.share.positions)]), self.finished)
+        with self.meter.waiting():
+            samples = self.source.read(indices[list(self.step.positions)])
+        self.step(*samples, self.finished)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
@@ -199,7 +188,7 @@ class Trainer:
             labels = seeds // GRID_COLUMNS * max(num_classes // GRID_COLUMNS, 1)
         nfe = self.config.train.sample_nfe
         noise, renoise = sample_noise(seeds, (channels, height, width), nfe)
-        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization)
+        flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization, self.flow.sampler)
         images = sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)
         if not first:
             return  # it only lent its part of the weights
@@ -278,47 +267,6 @@ class Trainer:
             self.folder.write_status(state, self.finished, reason)
 
 
-class _Timer:
-    """Seconds per step of the current interval, without what is not training."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.restart()
-
-    def restart(self) -> None:
-        self.steps = 0
-        self.seconds = 0.0
-        self.start = self._now()
-
-    def count(self) -> None:
-        self.steps += 1
-
-    def rates(self, batch_size: int) -> dict[str, float]:
-        seconds = (self.seconds + self._now() - self.start) / self.steps
-        rates = {"time/step_s": seconds, "throughput/images_per_s": batch_size / seconds}
-        if self.device.type == "cuda":
-            rates["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        return rates
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        self.seconds += self._now() - self.start
-        yield
-        self.start = self._now()
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
-    """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return build_flow(config.network, config.flow, ops)
-
-
 def configure_torch(engine: EngineConfig) -> None:
     """Set the number of CPU threads, and whether float32 products on a GPU use TF32: process-wide.
 
@@ -328,6 +276,13 @@ def configure_torch(engine: EngineConfig) -> None:
     torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
+
+
+def device_peak(config: Config, processes: Processes) -> float | None:
+    """Return the peak of matrix products of this process's GPU in the run's precision; None where it is not known."""
+    if processes.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(processes.device), config.engine.precision)
 
 
 def require_matching_data(config: Config, source: Source) -> None:
@@ -352,7 +307,9 @@ def require_matching_data(config: Config, source: Source) -> None:
         )
 
 
-def require_rows_for_all(batch_size: int, world_size: int) -> None:
-    """Raise RunError unless every process gets a row of the global batch."""
-    if batch_size < world_size:
-        raise RunError(f"train.batch_size: got {batch_size}, expected at least {world_size}, the number of processes")
+def require_rows_for_all(train: TrainConfig, world_size: int) -> None:
+    """Raise RunError unless every process gets a row of the global batch for each of its parts."""
+    least = world_size * train.accumulation
+    if train.batch_size < least:
+        parts = "the number of processes" if train.accumulation == 1 else "processes times train.accumulation"
+        raise RunError(f"train.batch_size: got {train.batch_size}, expected at least {least}, {parts}")

@@ -115,7 +115,11 @@ def activation_cases(*shape: int) -> list[Case]:
 
 def attention_cases(B: int, T: int, num_heads: int, head_dim: int) -> list[Case]:
     qkv = randn(B, T, 3 * num_heads * head_dim)
-    return [Case("attention_difference", (B, T, num_heads, head_dim), flat(qkv, small(qkv)), (num_heads,))]
+    shape = (B, T, num_heads, head_dim)
+    return [
+        Case("attention", shape, flat(qkv), (num_heads,), (0,)),
+        Case("attention_difference", shape, flat(qkv, small(qkv)), (num_heads,)),
+    ]
 
 
 def point_cases(B: int, M: int, *image: int) -> list[Case]:

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from bench import gpu_gate, kernels
+from bench import attention, gpu_gate, kernels
 from bench.gpu_gate import Stage
 
 
@@ -17,7 +17,7 @@ def pretended_gpu(monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-@pytest.mark.parametrize("module", [gpu_gate, kernels])
+@pytest.mark.parametrize("module", [attention, gpu_gate, kernels])
 def test_without_a_gpu_it_says_so(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [module.__name__])
     assert module.main() == 2

@@ -161,3 +161,39 @@ def test_root_belongs_to_latents_only():
         DataConfig(source="latents")
     with pytest.raises(ValueError, match=r"^data.root: got 'x', expected nothing"):
         DataConfig(source="digits", root="x")
+
+
+MEANFLOW, FLOW_MATCHING = ObjectiveConfig(name="meanflow"), ObjectiveConfig(name="flow_matching", fm_ratio=1.0)
+EULER_STEPS = FlowConfig(sampler="euler")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"objective": ObjectiveConfig(name="meanflow", lookahead="two_pass")},
+            r"objective\.lookahead: got 'two_pass', expected 'difference', its default: without use, because objective",
+        ),
+        ({"objective": MEANFLOW, "times": TimesConfig(gap_end=0.1)}, r"times\.gap_end: got 0\.1, expected 0\.002"),
+        ({"objective": MEANFLOW, "times": TimesConfig(velocity_mean=0.0)}, r"times\.velocity_mean: got 0\.0"),
+        (
+            {"objective": MEANFLOW, "flow": FlowConfig(parameterization="trig")},
+            r"flow\.parameterization: got 'trig', expected euler, because objective\.name is meanflow",
+        ),
+        (
+            {"objective": MEANFLOW, "engine": EngineConfig(ops="fused")},
+            r"engine\.ops: got 'fused', expected auto or reference, because objective\.name is meanflow",
+        ),
+        ({"objective": ObjectiveConfig(name="flow_matching"), "flow": EULER_STEPS}, r"objective\.fm_ratio: got 0\.75"),
+        ({"objective": FLOW_MATCHING}, r"flow\.sampler: got 'renoise', expected euler or heun"),
+        ({"objective": FLOW_MATCHING, "flow": EULER_STEPS, "times": TimesConfig(t_mean=0.0)}, r"times\.t_mean: got 0"),
+    ],
+)
+def test_what_an_objective_does_not_take_is_refused(sections, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config(**sections)
+
+
+def test_every_objective_is_accepted_with_what_it_takes():
+    config(objective=MEANFLOW, times=TimesConfig(t_mean=-0.4), flow=FlowConfig(sampler="chain"))
+    config(objective=FLOW_MATCHING, times=TimesConfig(velocity_mean=0.0), flow=FlowConfig(sampler="heun"))

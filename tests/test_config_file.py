@@ -147,7 +147,7 @@ def test_unreadable_files_are_refused(tmp_path):
         ("batch_size=3", "batch_size: unknown field; did you mean 'train.batch_size'?"),
         ("objective.lr=3", "objective.lr: unknown field; did you mean 'optim.lr'?"),
         ("network.nmae=DiT", "network.nmae: unknown field; did you mean 'network.name'?"),
-        ("flow.zzz=3", "flow.zzz: unknown field; known here are path, parameterization"),
+        ("flow.zzz=3", "flow.zzz: unknown field; known here are path, parameterization, sampler"),
     ],
 )
 def test_unknown_fields_name_the_nearest(override, suggestion):
@@ -175,7 +175,7 @@ def test_unknown_fields_name_the_nearest(override, suggestion):
         ("name=2026-01-01", "name: got datetime.date(2026, 1, 1), expected text"),
         ("flow.path=linaer", "flow.path: got 'linaer', expected one of linear, trig; did you mean 'linear'?"),
         ("flow.path=[linear]", "flow.path: got ['linear'], expected one of linear, trig"),
-        ("flow=linear", "flow: got 'linear', expected a section with path, parameterization"),
+        ("flow=linear", "flow: got 'linear', expected a section with path, parameterization, sampler"),
         ("train.batch_size=0", "train.batch_size: got 0, expected an integer of at least 1"),
         (
             "objective.cfg_scale=2",

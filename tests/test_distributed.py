@@ -21,7 +21,7 @@ SETTINGS = (
     "network.depth=2",
     "optim.clip_norm=0.5",
 )
-TIMINGS = {"time/step_s", "throughput/images_per_s"}
+TIMINGS = {"time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib"}
 
 
 def train(folder: Path, num: int, *overrides: str) -> Path:

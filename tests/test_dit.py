@@ -3,6 +3,7 @@ import math
 import golden_vectors
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from soflow import checkpoint
 from soflow.kernels import reference
@@ -154,3 +155,21 @@ def test_augmentation_labels_are_refused():
     x, _, t, s, labels = inputs(2)
     with pytest.raises(ValueError, match="augment_labels"):
         perturbed()(x, t, s, labels, torch.zeros(2, 6))
+
+
+@pytest.mark.parametrize("name", ["DiT-B/4", "DiT-B/2", "DiT-M/2", "DiT-L/2", "DiT-XL/2"])
+def test_operations_are_those_that_torch_counts(name):
+    with torch.device("meta"):
+        network = build_network(name)
+        x, t, labels = torch.empty(2, 4, 32, 32), torch.empty(2), torch.empty(2, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            network(x, t, t, labels)
+    assert counter.get_total_flops() == 2 * network.forward_flops()
+
+
+def test_operations_of_another_shape():
+    with torch.device("meta"):
+        network = DiT(12, 3, 2, 24, 2, 3, 7, mlp_ratio=2.5)
+        with FlopCounterMode(display=False) as counter:
+            network(torch.empty(1, 2, 12, 12), torch.empty(1), torch.empty(1))
+    assert counter.get_total_flops() == network.forward_flops()

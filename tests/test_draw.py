@@ -7,7 +7,7 @@ from soflow.kernels import reference
 from soflow.times import MIN_GAP
 
 
-def draw(positions, step=5, seed=1, num_velocity=0, label_dropout=0.25, std=None):
+def draw(positions, step=5, seed=1, num_velocity=0, label_dropout=0.25, std=None, objective="soflow"):
     positions = torch.tensor(positions)
     return sample_batch(
         torch.zeros(len(positions), 2, 4, 4),
@@ -19,7 +19,7 @@ def draw(positions, step=5, seed=1, num_velocity=0, label_dropout=0.25, std=None
         step=step,
         r=0.1,
         times=TimesConfig(),
-        objective=ObjectiveConfig(label_dropout=label_dropout),
+        objective=ObjectiveConfig(name=objective, label_dropout=label_dropout),
         ops=reference,
     )
 
@@ -80,3 +80,18 @@ def test_shares_cover_the_batch_once(batch_size, fm_ratio, world_size):
 
 def test_one_process_takes_everything():
     assert share_batch(4, 0.5, 0, 1) == Share((0, 1, 2, 3), 2)
+
+
+def test_meanflow_orders_its_draws():
+    """The later of two draws is t, in velocity rows too (arXiv 2505.13447); noise and null labels are SoFlow's."""
+    rows = list(range(4000))
+    ours, soflow = draw(rows, num_velocity=2000, objective="meanflow"), draw(rows, num_velocity=2000)
+    assert torch.equal(ours.x_1, soflow.x_1)
+    assert torch.equal(ours.null_mask, soflow.null_mask)
+    assert (ours.s <= ours.t).all()
+    consistency = draw(rows)
+    # both draws are the ones that SoFlow's consistency rows make, where these are in order already
+    in_order = consistency.s < consistency.t - 2 * MIN_GAP
+    assert torch.equal(ours.t[in_order], consistency.t[in_order])
+    assert torch.equal(ours.s[in_order], consistency.s[in_order])
+    assert (ours.t[~in_order] >= consistency.t[~in_order] - MIN_GAP).all()

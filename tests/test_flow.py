@@ -5,13 +5,13 @@ from soflow import SolutionFlow
 from soflow.models import DiT
 
 
-def tiny_flow(parameterization="euler", path="linear") -> SolutionFlow:
+def tiny_flow(parameterization="euler", path="linear", sampler="renoise") -> SolutionFlow:
     torch.manual_seed(0)
     network = DiT(8, 4, 2, 16, 1, 2, 5)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return SolutionFlow(network, path, parameterization)
+    return SolutionFlow(network, path, parameterization, sampler)
 
 
 @pytest.mark.parametrize("parameterization", ["euler", "trig"])

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # The layer of each module of soflow; a package stands for all its modules, "" is soflow/__init__.py.
 LAYERS = {
     1: {"kernels", "config", "paths", "times"},
-    2: {"draw", "flow", "guidance", "models", "objective", "precision", "sampling", ""},
+    2: {"draw", "flow", "flow_matching", "guidance", "meanflow", "models", "objective", "precision", "sampling", ""},
     3: {
         "checkpoint",
         "config_file",
@@ -32,6 +32,7 @@ LAYERS = {
         "ema",
         "images",
         "log",
+        "meters",
         "metrics",
         "monitor",
         "official_config",
@@ -40,7 +41,7 @@ LAYERS = {
         "watchdog",
         "vae",
     },
-    4: {"run_folder", "step", "trainer"},
+    4: {"assembly", "memory", "run_folder", "step", "trainer"},
     5: {"cli"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from soflow import Batch, Objective, SolutionFlow, middle_time
+from soflow import Batch, FlowMatching, MeanFlow, Objective, SolutionFlow, middle_time
 from soflow.guidance import cfg_decay
 from soflow.models import DiT
 
@@ -23,10 +24,10 @@ def make_flow(path: str = "linear", parameterization: str = "euler") -> Solution
     return SolutionFlow(network, path, parameterization)
 
 
-def make_batch(num: int = 6, num_velocity: int = 2, r: float = 0.1) -> Batch:
+def make_batch(num: int = 6, num_velocity: int = 2, r: float = 0.1, dtype: torch.dtype = torch.float64) -> Batch:
     generator = torch.Generator().manual_seed(1)
-    x_0, x_1 = torch.randn(2, num, 2, 4, 4, generator=generator, dtype=torch.float64)
-    t, s = torch.rand(2, num, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    x_0, x_1 = torch.randn(2, num, 2, 4, 4, generator=generator, dtype=dtype)
+    t, s = torch.rand(2, num, generator=generator, dtype=dtype).sort(0, descending=True).values
     labels = torch.arange(num) % NULL
     null_mask = torch.arange(num) % 3 == 1
     return Batch(x_0, x_1, t, middle_time(t, s, r), s, labels, null_mask, num_velocity)
@@ -161,3 +162,30 @@ def test_two_evaluations_with_dropout_are_refused():
     with pytest.raises(ValueError, match=r"lookahead: got 'two_pass' with dropout 0\.3"):
         Objective(lookahead="two_pass")(flow, batch)
     Objective(lookahead="two_pass")(flow.eval(), batch)
+
+
+@pytest.mark.parametrize(
+    ("objective", "calls"),
+    [
+        # of 12 rows: 12 without label, 6 with; three times 12 for forward and backward; and 6 differences
+        (Objective(3.0, 0.8, 0.25), 12 + 6 + 36 + 6),
+        (Objective(3.0, 0.8, 1.0), 12 + 36 + 6),
+        (Objective(), 36 + 6),
+        (MeanFlow(), 36 + 12),
+        (FlowMatching(3.0, 0.8, 0.25), 12 + 36),
+    ],
+)
+def test_operations_of_a_step(objective, calls):
+    """The count that MFU uses against torch's of forward and backward, where attention is a small part."""
+    flow = SolutionFlow(DiT(4, 2, 2, 128, 4, 2, NULL))
+    num_velocity = 12 if isinstance(objective, FlowMatching) else 6
+    assert objective.step_calls(12, num_velocity, conditional=True) == calls
+    assert objective.step_calls(12, num_velocity, conditional=False) == calls - (objective.cfg_scale > 1) * (
+        12 if num_velocity == 12 or objective.mix_ratio == 1 else 18
+    )
+    batch = make_batch(12, num_velocity, dtype=torch.float32)
+    with FlopCounterMode(display=False) as counter:
+        objective(flow, batch).loss.backward()
+    # torch counts one more product per row of a derivative: with the tangent of the weight, which is zero
+    calls += 6 * isinstance(objective, MeanFlow)
+    assert counter.get_total_flops() == pytest.approx(calls * flow.network.forward_flops(), rel=0.05)

@@ -1,8 +1,12 @@
+import math
+
 import pytest
 import torch
 from test_flow import tiny_flow
+from torch import nn
 
-from soflow import sample, sample_noise
+from soflow import SolutionFlow, sample, sample_noise
+from soflow.models import Network
 
 
 def test_one_call_solves_from_noise_to_data():
@@ -64,3 +68,58 @@ def test_bad_arguments_are_refused(change, message):
         sample(**{"flow": tiny_flow(), "labels": None, "shape": (2, 2, 8, 8), "nfe": 2, **change})
     with pytest.raises(ValueError, match="nfe: got 0"):
         sample_noise(torch.arange(2), (2, 8, 8), 0)
+
+
+def test_chain_follows_the_solution_from_time_to_time():
+    flow = tiny_flow(sampler="chain")
+    noise, _ = sample_noise(torch.arange(3), (2, 8, 8))
+    one, half, end = torch.ones(3), torch.full((3,), 0.5), torch.zeros(3)
+    expected = flow.solve(flow.solve(noise, one, half), half, end)
+    torch.testing.assert_close(sample(flow, None, (3, 2, 8, 8), 2, noise), expected)
+
+
+class Growth(Network):
+    """F(x, t, s) = x: x grows with e^t, and data is noise / e."""
+
+    input_size, in_channels, num_classes = 8, 2, 0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.calls = 0
+
+    def forward(self, x, t, s, labels=None, augment_labels=None):
+        self.calls += 1
+        return self.scale * x
+
+    def forward_flops(self):
+        return 0
+
+    def bf16_modules(self):
+        return ()
+
+    def forward_difference(self, x, dx, t, dt, s, labels=None, augment_labels=None):
+        return self.scale * x, dx
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
+def test_steps_of_the_velocity_converge_at_their_order(sampler, order):
+    flow, noise = SolutionFlow(Growth(), sampler=sampler), torch.ones(1, 2, 8, 8, dtype=torch.float64)
+    errors = []
+    for steps in (16, 32):
+        flow.network.calls = 0
+        x = sample(flow, None, (1, 2, 8, 8), steps * order, noise)
+        assert flow.network.calls == steps * order
+        errors.append((x - math.exp(-1)).abs().max().item())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.1)
+
+
+def test_one_euler_step_is_the_mean_image_at_the_noise():
+    flow = tiny_flow(sampler="euler")
+    noise, _ = sample_noise(torch.arange(3), (2, 8, 8))
+    torch.testing.assert_close(sample(flow, None, (3, 2, 8, 8), 1, noise), noise - flow.velocity(noise, torch.ones(3)))
+
+
+def test_heun_takes_calls_in_pairs():
+    with pytest.raises(ValueError, match="nfe: got 3, expected an even number"):
+        sample(tiny_flow(sampler="heun"), None, (2, 2, 8, 8), 3)

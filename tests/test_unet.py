@@ -6,6 +6,7 @@ import golden_vectors
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from soflow.kernels import reference
 from soflow.models import UNET_CIFAR10, UNet, build_network
@@ -427,3 +428,13 @@ def test_inputs_that_do_not_fit_are_refused(change, conditions, message):
         network(x, t, s, **conditions)
     with pytest.raises(ValueError, match=message):
         network.forward_difference(x, dx, t, s - t, s, **conditions)
+
+
+@pytest.mark.parametrize("shape", [{}, {"channel_mult": [1, 2, 2], "attn_resolutions": [2, 8], "num_blocks": 2}])
+def test_operations_are_those_that_torch_counts(shape):
+    with torch.device("meta"):
+        network = UNet(**{**SHAPE, **shape})
+        x, t = torch.empty(2, 3, 8, 8), torch.empty(2)
+        with FlopCounterMode(display=False) as counter:
+            network(x, t, t)
+    assert counter.get_total_flops() == 2 * network.forward_flops()

@@ -62,11 +62,11 @@ def save(
 ) -> Path:
     """Write `root`/step-`step` completely or not at all, then delete all but the newest `keep_last` (0 keeps all).
 
-    Steps that `keep_every` divides do not count and are never deleted (0: there are none). Tensors of any device, dtype and stride are
-    stored as they are, those that share memory once each; `meta` must be
-    JSON, where NaN and infinities are allowed and come back. A folder of the same step is replaced; folders of later
-    steps are left alone. Returns the step folder. Raises CheckpointError where the disk refuses: the folders that
-    stood there before still do, and nothing partial is left.
+    Steps that `keep_every` divides do not count and are never deleted (0: there are none). Tensors of any device, dtype
+    and stride are stored as they are, those that share memory once each; `meta` must be JSON, where NaN and infinities
+    are allowed and come back. A folder of the same step is replaced; folders of later steps are left alone. Returns the
+    step folder. Raises CheckpointError where the disk refuses: the folders that stood there before still do, and
+    nothing partial is left.
     """
     folder = root / f"step-{step:08d}"
     partial = folder.with_name(folder.name + ".tmp")

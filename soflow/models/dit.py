@@ -5,7 +5,8 @@ Source: Peebles and Xie 2023 (adaLN-zero blocks); arXiv 2512.15657 (two time emb
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from soflow.kernels import reference
-from soflow.models.network import Network
+from soflow.models.network import Network, Recompute
 from soflow.models.pair import Pair, PairOps
+from soflow.models.recompute import kept, recomputed
+
+Runner = Callable[..., Sequence[Pair]]  # of a Stage and its inputs
 
 NUM_TIME_FEATURES = 256
 EMBEDDING_STD = 0.02
@@ -83,7 +87,7 @@ class Modulation(nn.ModuleList):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with packed qkv: (B, T, D) to (B, T, D)."""
+    """The parameters of multi-head self-attention with packed qkv."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -91,30 +95,48 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, ops: PairOps, h: Pair) -> Pair:
-        return ops.linear(ops.attention(ops.linear(h, self.qkv), self.num_heads), self.proj)
-
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them: (B, T, D) to (B, T, D)."""
+    """The parameters of two linear layers with GELU between them."""
 
     def __init__(self, hidden_size: int, mlp_size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(hidden_size, mlp_size)
         self.fc2 = nn.Linear(mlp_size, hidden_size)
 
-    def forward(self, ops: PairOps, h: Pair) -> Pair:
-        return ops.linear(ops.gelu(ops.product(h, self.fc1.weight), self.fc1.bias), self.fc2)
-
 
 class Block(nn.Module):
-    """The parameters of one block; DiT runs it, because its last norm is modulated by the block that follows."""
+    """Attention and MLP, each between a modulated norm and a gate: the residual stream z, (B, T, D), to the same.
+
+    The last gate is left to what follows, which fuses it with its norm: a block takes and returns z with the branch
+    that it still lacks, as the triple z, y and gate of z + gate y. The first block takes z alone.
+    """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int) -> None:
         super().__init__()
         self.attn = Attention(hidden_size, num_heads)
         self.mlp = Mlp(hidden_size, mlp_size)
         self.adaLN_modulation = Modulation(hidden_size, num_chunks=6)
+
+    def forward(self, ops: PairOps, run: Runner, modulation: Sequence[Pair], *stream: Pair) -> tuple[Pair, Pair]:
+        """Return z and the branch of the MLP.  run: `kept`, or `recomputed` for its norms and GELU."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp = modulation
+        z, qkv = run(partial(self._into_attention, ops), shift_attn, scale_attn, *stream)
+        y = ops.linear(ops.attention(qkv, self.attn.num_heads), self.attn.proj)
+        z, u = run(partial(self._into_mlp, ops), shift_mlp, scale_mlp, z, y, gate_attn)
+        (y,) = run(partial(self._out_of_mlp, ops), u)
+        return z, y
+
+    def _into_attention(self, ops: PairOps, shift: Pair, scale: Pair, *stream: Pair) -> tuple[Pair, Pair]:
+        z, h = _add_and_norm(ops, shift, scale, *stream, dtype=self.dtype)
+        return z, ops.linear(h, self.attn.qkv)
+
+    def _into_mlp(self, ops: PairOps, shift: Pair, scale: Pair, *stream: Pair) -> tuple[Pair, Pair]:
+        z, h = _add_and_norm(ops, shift, scale, *stream, dtype=self.dtype)
+        return z, ops.product(h, self.mlp.fc1.weight)
+
+    def _out_of_mlp(self, ops: PairOps, u: Pair) -> tuple[Pair]:
+        return (ops.linear(ops.gelu(u, self.mlp.fc1.bias), self.mlp.fc2),)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -208,6 +230,20 @@ class DiT(Network):
         assert out.d is not None
         return out.x, out.d
 
+    def forward_flops(self) -> int:
+        """Return the operations of `forward` on one row: its matrix products, a product-sum being two."""
+        tokens, hidden = self.pos_embed.shape[1:]
+        mlp = self.blocks[0].mlp.fc1.out_features
+        patch = self.patch_size**2 * self.in_channels
+        time_embedder = NUM_TIME_FEATURES * hidden + hidden**2
+        block = tokens * (4 * hidden**2 + 2 * hidden * mlp + 2 * tokens * hidden) + 6 * hidden**2
+        final = tokens * hidden * patch + 2 * hidden**2
+        return 2 * (tokens * patch * hidden + 2 * time_embedder + len(self.blocks) * block + final)
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what backward computes again: nothing, the modulated norms and GELU, or all of each block."""
+        self.recompute = recompute
+
     def _run(self, x: Pair, t: Pair, t_minus_s: Pair, labels: Tensor | None) -> Pair:
         ops = self.ops
         if labels is None:
@@ -218,16 +254,20 @@ class DiT(Network):
         z = self.x_embedder(ops, x).plus(self.pos_embed)
         modulations = [block.adaLN_modulation(ops, c) for block in self.blocks]
         modulations.append(self.final_layer.adaLN_modulation(ops, c))
-        shift, scale, *_ = modulations[0]
-        h = ops.modulated_norm(z, shift, scale, dtype=self.blocks[0].dtype)
-        followers = (*self.blocks[1:], self.final_layer)
-        for block, follower, (_, _, gate_attn, shift_mlp, scale_mlp, gate_mlp), (shift, scale, *_) in zip(
-            self.blocks, followers, modulations[:-1], modulations[1:], strict=True
-        ):
-            z, h = ops.gate_residual_norm(z, block.attn(ops, h), gate_attn, shift_mlp, scale_mlp, dtype=block.dtype)
-            z, h = ops.gate_residual_norm(z, block.mlp(ops, h), gate_mlp, shift, scale, dtype=follower.dtype)
+        stream: tuple[Pair, ...] = (z,)
+        for block, modulation in zip(self.blocks, modulations, strict=False):
+            *modulation, gate = modulation
+            stream = (*self._run_block(block, modulation, *stream), gate)
+        shift, scale = modulations[-1]
+        _, h = _add_and_norm(ops, shift, scale, *stream, dtype=self.final_layer.dtype)
         out = ops.linear(h, self.final_layer.linear)
         return Pair(self._unpatchify(out.x), None if out.d is None else self._unpatchify(out.d))
+
+    def _run_block(self, block: Block, modulation: Sequence[Pair], *stream: Pair) -> Sequence[Pair]:
+        if self.recompute == "blocks":
+            num = len(modulation)
+            return recomputed(lambda *pairs: block(self.ops, kept, pairs[:num], *pairs[num:]), *modulation, *stream)
+        return block(self.ops, recomputed if self.recompute == "norms" else kept, modulation, *stream)
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         grid, p = self.input_size // self.patch_size, self.patch_size
@@ -250,6 +290,16 @@ class DiT(Network):
         for modulation in (*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation):
             nn.init.zeros_(modulation.layer.weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+
+def _add_and_norm(
+    ops: PairOps, shift: Pair, scale: Pair, z: Pair, *branch: Pair, dtype: torch.dtype
+) -> tuple[Pair, Pair]:
+    """The residual stream z, with the branch (y, gate) added to it if there is one, and its modulated norm."""
+    if not branch:
+        return z, ops.modulated_norm(z, shift, scale, dtype=dtype)
+    y, gate = branch
+    return ops.gate_residual_norm(z, y, gate, shift, scale, dtype=dtype)
 
 
 def _refuse_augment_labels(augment_labels: Tensor | None) -> None:

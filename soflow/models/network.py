@@ -2,8 +2,11 @@
 
 import abc
 from collections.abc import Iterable
+from typing import Literal
 
 from torch import Tensor, nn
+
+Recompute = Literal["none", "norms", "blocks"]
 
 
 class Network(nn.Module, abc.ABC):
@@ -17,6 +20,12 @@ class Network(nn.Module, abc.ABC):
     in_channels: int
     num_classes: int
     dropout: float = 0.0  # share of activations that a call in training mode drops
+    recompute: Recompute = "none"
+
+    def set_recompute(self, recompute: Recompute) -> None:
+        """Choose what backward computes again instead of keeping it; ValueError for what the network does not have."""
+        if recompute != "none":
+            raise ValueError(f"recompute: got {recompute!r}, expected 'none' for {type(self).__name__}")
 
     @abc.abstractmethod
     def bf16_modules(self) -> Iterable[nn.Module]:
@@ -27,6 +36,10 @@ class Network(nn.Module, abc.ABC):
         self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """Return F(x, t, s, labels), of the shape of x."""
+
+    @abc.abstractmethod
+    def forward_flops(self) -> int:
+        """Return the operations of `forward` on one row: products and convolutions, a product-sum being two."""
 
     @abc.abstractmethod
     def forward_difference(

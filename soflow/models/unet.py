@@ -237,6 +237,27 @@ class UNet(Network):
         self._check_inputs(x, labels, augment_labels)
         return self._run(Pair(x), Pair(t), Pair(t - s), augment_labels).x
 
+    def forward_flops(self) -> int:
+        """Return the operations of `forward` on one row: products and convolutions, a product-sum being two."""
+        products = sum(layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        if self.map_augment is not None:
+            # only where there are augmentation labels, which samples have not
+            products -= self.map_augment.weight.numel()
+        for name, part in (*self.enc.items(), *self.dec.items()):
+            pixels = int(name.partition("x")[0]) ** 2
+            for layer in part.modules():
+                if isinstance(layer, nn.Linear):
+                    products += layer.weight.numel()
+                elif isinstance(layer, Conv):
+                    products += pixels * layer.weight.numel()
+                    if layer.resampling != "keep":
+                        # per channel; the filter spreads from, or gathers at, the pixels of the lower resolution
+                        low = pixels if layer.resampling == "down" else pixels // 4
+                        products += low * layer.weight.shape[1] * layer.resample_filter.numel()
+            if isinstance(part, Block) and part.norm2 is not None:
+                products += 2 * pixels**2 * part.out_channels
+        return 2 * products
+
     def forward_difference(
         self,
         x: Tensor,

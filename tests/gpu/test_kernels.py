@@ -49,6 +49,14 @@ def test_as_precise_as_eager(case, dtype):
     check(case, dtype)
 
 
+@parametrize([case for case in attention_cases(4, 256, 12, 64) + attention_cases(2, 1000, 2, 72) if case.gradients])
+def test_attention_of_many_tokens(case, monkeypatch):
+    """Ours, also where PyTorch's is used."""
+    monkeypatch.setattr(kernels.self_attention, "attention_is_fused", lambda T, head_dim: True)
+    for dtype in DTYPES:
+        check(case, dtype)
+
+
 @parametrize([*norm_cases(2, 3, 24, torch.bfloat16), *norm_cases(4, 256, 1152, torch.bfloat16)])
 def test_bf16_branch_of_a_float32_stream(case):
     check(case, torch.bfloat16)

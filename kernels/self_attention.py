@@ -1,0 +1,325 @@
+"""Self-attention on packed qkv, forward and backward: no permutes, no copies, nothing of size T x T.
+
+qkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), d up to 128.  o: (B, T, H d).  lse: (B, H, T) fp32, the
+logarithm of each query's normaliser.  Products take their inputs in the dtype of qkv and sum in fp32; scores and the
+softmax are fp32.
+
+Forward: a program owns a block of queries of one head and walks the keys once, with a running maximum. Backward for few
+tokens: one program per head holds them all, every product is made once. For more: a program per block of keys walks the
+queries for dk and dv, another per block of queries walks the keys for dq: the same bits again, without atomics.
+
+`tuning.attention_is_fused` says where these are used, and PyTorch's attention where not.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from soflow.kernels import reference
+from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.tuning import attention_is_fused, attention_launch
+
+
+@triton.jit
+def load_block(ptr, base, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
+    """Tokens of one head, (BLOCK_T, BLOCK_D), zero beyond T and HEAD_DIM; base: offset of the head's first token."""
+    mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
+    return tl.load(ptr + base + tokens[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_block(ptr, base, block, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
+    mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
+    tl.store(ptr + base + tokens[:, None] * stride + cols[None, :], block, mask=mask)
+
+
+@triton.jit
+def _probabilities(q, k, lse, keys, T, scale):
+    """P of a block of queries and keys; 0 for keys beyond T."""
+    S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    return tl.where(keys[None, :] < T, tl.exp(S - lse[:, None]), 0.0)
+
+
+@triton.jit
+def _score_gradient(P, do, v, delta, scale):
+    """The gradient of q k^T, in the dtype that a product takes."""
+    dP = tl.dot(do, tl.trans(v), input_precision="ieee")
+    return (P * (dP - delta[:, None]) * scale).to(v.dtype)
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    qkv_ptr,
+    o_ptr,
+    lse_ptr,
+    T,
+    H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base_q = sample * T * 3 * width + head * HEAD_DIM
+    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    normaliser = tl.zeros((BLOCK_T,), tl.float32)
+    o = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        keys = first + tl.arange(0, BLOCK_T)
+        k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
+        v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+        S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        S = tl.where(keys[None, :] < T, S, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(S, axis=1))
+        shrink = tl.exp(row_max - new_max)
+        P = tl.exp(S - new_max[:, None])
+        normaliser = normaliser * shrink + tl.sum(P, axis=1)
+        o = o * shrink[:, None] + tl.dot(P.to(v.dtype), v, input_precision="ieee")
+        row_max = new_max
+    base_o = sample * T * width + head * HEAD_DIM
+    _store_block(o_ptr, base_o, o / normaliser[:, None], queries, cols, width, T, HEAD_DIM)
+    lse_offs = tl.program_id(1).to(tl.int64) * T + queries
+    tl.store(lse_ptr + lse_offs, row_max + tl.log(normaliser), mask=queries < T)
+
+
+@triton.jit
+def _attention_bwd_few_kernel(
+    qkv_ptr,
+    o_ptr,
+    lse_ptr,
+    do_ptr,
+    dqkv_ptr,
+    T,
+    H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """dq, dk and dv of all T <= BLOCK_T tokens of one head."""
+    tokens = tl.arange(0, BLOCK_T)
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
+    do = load_block(do_ptr, base_o, tokens, cols, width, T, HEAD_DIM)
+    o = load_block(o_ptr, base_o, tokens, cols, width, T, HEAD_DIM)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    # beyond T: exp(S - inf) = 0
+    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + tokens, mask=tokens < T, other=float("inf"))
+    q = load_block(qkv_ptr, base_q, tokens, cols, 3 * width, T, HEAD_DIM)
+    k = load_block(qkv_ptr, base_q + width, tokens, cols, 3 * width, T, HEAD_DIM)
+    v = load_block(qkv_ptr, base_q + 2 * width, tokens, cols, 3 * width, T, HEAD_DIM)
+    P = _probabilities(q, k, lse, tokens, T, scale)
+    dv = tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
+    _store_block(dqkv_ptr, base_q + 2 * width, dv, tokens, cols, 3 * width, T, HEAD_DIM)
+    dS = _score_gradient(P, do, v, delta, scale)
+    dk = tl.dot(tl.trans(dS), q, input_precision="ieee")
+    _store_block(dqkv_ptr, base_q + width, dk, tokens, cols, 3 * width, T, HEAD_DIM)
+    _store_block(dqkv_ptr, base_q, tl.dot(dS, k, input_precision="ieee"), tokens, cols, 3 * width, T, HEAD_DIM)
+
+
+@triton.jit
+def _attention_bwd_kv_kernel(
+    qkv_ptr,
+    o_ptr,
+    lse_ptr,
+    do_ptr,
+    dqkv_ptr,
+    T,
+    H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """dk and dv of a block of keys."""
+    keys = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
+    k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
+    v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+    dk = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        queries = first + tl.arange(0, BLOCK_T)
+        do = load_block(do_ptr, base_o, queries, cols, width, T, HEAD_DIM)
+        o = load_block(o_ptr, base_o, queries, cols, width, T, HEAD_DIM)
+        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+        lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
+        q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+        P = _probabilities(q, k, lse, keys, T, scale)
+        dv += tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
+        dk += tl.dot(tl.trans(_score_gradient(P, do, v, delta, scale)), q, input_precision="ieee")
+    _store_block(dqkv_ptr, base_q + width, dk, keys, cols, 3 * width, T, HEAD_DIM)
+    _store_block(dqkv_ptr, base_q + 2 * width, dv, keys, cols, 3 * width, T, HEAD_DIM)
+
+
+@triton.jit
+def _attention_bwd_q_kernel(
+    qkv_ptr,
+    o_ptr,
+    lse_ptr,
+    do_ptr,
+    dqkv_ptr,
+    T,
+    H,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """dq of a block of queries."""
+    queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
+    do = load_block(do_ptr, base_o, queries, cols, width, T, HEAD_DIM)
+    o = load_block(o_ptr, base_o, queries, cols, width, T, HEAD_DIM)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
+    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(0, T, BLOCK_T):
+        keys = first + tl.arange(0, BLOCK_T)
+        k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
+        v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+        P = _probabilities(q, k, lse, keys, T, scale)
+        dq += tl.dot(_score_gradient(P, do, v, delta, scale), k, input_precision="ieee")
+    _store_block(dqkv_ptr, base_q, dq, queries, cols, 3 * width, T, HEAD_DIM)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    qkv = qkv.contiguous()
+    o, lse = _outputs(qkv, num_heads)
+    if o.numel():
+        B, T, _ = qkv.shape
+        head_dim = qkv.shape[2] // (3 * num_heads)
+        launch = attention_launch(T, head_dim)
+        _attention_fwd_kernel[(triton.cdiv(T, launch.block_t), B * num_heads)](
+            qkv,
+            o,
+            lse,
+            T,
+            num_heads,
+            head_dim**-0.5,
+            HEAD_DIM=head_dim,
+            BLOCK_D=launch.block_d,
+            BLOCK_T=launch.block_t,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+    return o, lse
+
+
+def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_heads: int) -> Tensor:
+    qkv, do = qkv.contiguous(), do.contiguous()
+    dqkv = torch.empty_like(qkv)
+    if dqkv.numel():
+        B, T, _ = qkv.shape
+        head_dim = qkv.shape[2] // (3 * num_heads)
+        launch = attention_launch(T, head_dim)
+        num_blocks = triton.cdiv(T, launch.block_t)
+        many = (_attention_bwd_kv_kernel, _attention_bwd_q_kernel)
+        for kernel in (_attention_bwd_few_kernel,) if num_blocks == 1 else many:
+            kernel[(num_blocks, B * num_heads)](
+                qkv,
+                o,
+                lse,
+                do,
+                dqkv,
+                T,
+                num_heads,
+                head_dim**-0.5,
+                HEAD_DIM=head_dim,
+                BLOCK_D=launch.block_d,
+                BLOCK_T=launch.block_t,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return dqkv
+
+
+def _outputs(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    B, T, width = qkv.shape
+    o = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
+    return o, torch.empty((B, num_heads, T), device=qkv.device, dtype=torch.float32)
+
+
+def _wide_heads(packed: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    wide = packed.to(torch.promote_types(packed.dtype, torch.float32))
+    num_parts = 3 if packed.dim() == 3 else 1
+    return wide.unflatten(-1, (num_parts, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _attention_fwd_cpu(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    q, k, _ = _wide_heads(qkv, num_heads)
+    S = q @ k.mT * q.shape[-1] ** -0.5
+    return reference.attention(qkv, num_heads).contiguous(), S.logsumexp(-1).float()
+
+
+def _attention_bwd_cpu(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_heads: int) -> Tensor:
+    q, k, v = _wide_heads(qkv, num_heads)
+    wide_o, wide_do = (x.to(q.dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (o, do))
+    scale = q.shape[-1] ** -0.5
+    P = torch.softmax(q @ k.mT * scale, dim=-1)
+    dS = P * (wide_do @ v.mT - (wide_do * wide_o).sum(-1, keepdim=True)) * scale
+    gradients = torch.stack((dS @ k, dS.mT @ q, P.mT @ wide_do))
+    return gradients.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
+
+
+_attention_fwd = register(
+    "attention_fwd(Tensor qkv, int num_heads) -> (Tensor, Tensor)",
+    _launch_attention_fwd,
+    _attention_fwd_cpu,
+    _outputs,
+)
+_attention_bwd = register(
+    "attention_bwd(Tensor qkv, Tensor o, Tensor lse, Tensor do, int num_heads) -> Tensor",
+    _launch_attention_bwd,
+    _attention_bwd_cpu,
+    lambda qkv, o, lse, do, num_heads: qkv.new_empty(qkv.shape),
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, num_heads):
+        o, lse = _attention_fwd(qkv, num_heads)
+        ctx.save_for_backward(qkv, o, lse)
+        ctx.num_heads = num_heads
+        return o
+
+    @staticmethod
+    def backward(ctx, do):
+        return _attention_bwd(*ctx.saved_tensors, do, ctx.num_heads), None
+
+
+def check_packed(op: str, qkv: Tensor, num_heads: int) -> None:
+    """Raise ValueError unless qkv is (B, T, 3 H d) for H = num_heads, of a dtype and on a device that `op` takes."""
+    check_dimensions(op, "qkv", qkv, 3, "(B, T, 3 H d)")
+    if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(
+            f"{op}: num_heads: got {num_heads}, expected a divisor of {qkv.shape[2]} / 3, "
+            "a third of the last dimension of qkv"
+        )
+    check(op, qkv.device, qkv=(qkv, tuple(qkv.shape)))
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for each head, (B, T, H d).  See `reference.attention`."""
+    check_packed("attention", qkv, num_heads)
+    if attention_is_fused(qkv.shape[1], qkv.shape[2] // (3 * num_heads)):
+        return _Attention.apply(qkv, num_heads)
+    return reference.attention(qkv, num_heads)

@@ -1,0 +1,74 @@
+"""A call as one CUDA graph: warmed up, captured once, then replayed on new numbers in the same memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# PyTorch asks for a few calls on a side stream before a capture: lazy set-up must not end up in the graph.
+NUM_WARMUP = 3
+
+Inputs = tuple[Tensor | None, ...]
+
+
+class CapturedCall:
+    """call(*inputs) with effects in device memory only, as one graph launch after NUM_WARMUP eager calls.
+
+    call: reads its inputs and whatever lies at fixed addresses; launches no work on other devices, does not
+    synchronise, and returns nothing. inputs: tensors on the GPU, or None, always of the same shapes and dtypes.
+    prepare: called before every launch, for what the host puts into device memory, such as a changed learning rate.
+    ValueError for inputs of another shape or dtype than those that were captured.
+    """
+
+    def __init__(self, call: Callable[..., None], prepare: Callable[[], None]) -> None:
+        self._call = call
+        self._prepare = prepare
+        self._num_calls = 0
+        self._buffers: Inputs = ()
+        self._replay: Callable[[], None] | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> None:
+        """Make the call."""
+        if self._num_calls < NUM_WARMUP:
+            self._num_calls += 1
+            on_side_stream(self._call, inputs)
+            return
+        if self._replay is None:
+            self._buffers = tuple(None if value is None else value.clone() for value in inputs)
+            self._prepare()
+            self._replay = capture(self._call, self._buffers)
+        else:
+            self._fill(inputs)
+            self._prepare()
+        self._replay()
+
+    def _fill(self, inputs: Inputs) -> None:
+        for index, (buffer, value) in enumerate(zip(self._buffers, inputs, strict=True)):
+            if buffer is None or value is None:
+                if buffer is not value:
+                    raise ValueError(f"inputs[{index}]: got {_describe(value)}, expected {_describe(buffer)}")
+                continue
+            if buffer.shape != value.shape or buffer.dtype != value.dtype:
+                raise ValueError(f"inputs[{index}]: got {_describe(value)}, expected {_describe(buffer)}")
+            buffer.copy_(value, non_blocking=True)
+
+
+def on_side_stream(call: Callable[..., None], inputs: Inputs) -> None:
+    """Make an eager call on a stream of its own, before and after which the current one waits."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def capture(call: Callable[..., None], inputs: Inputs) -> Callable[[], None]:
+    """Return what replays call(*inputs), which is recorded here but not made."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(*inputs)
+    return graph.replay
+
+
+def _describe(value: Tensor | None) -> str:
+    return "None" if value is None else f"{value.dtype} of shape {tuple(value.shape)}"

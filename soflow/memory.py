@@ -1,0 +1,152 @@
+"""How much memory a training needs: predicted from its configuration before anything is allocated.
+
+The step itself runs on tensors without memory (torch's fake tensors, of the CPU), while every storage is counted from
+its birth to its end. So a prediction knows every op, the recomputation, the precision and the objective, and cannot
+fall behind them. What no tensor holds is left out: the CUDA context, workspaces of libraries, and what the allocator
+loses to fragmentation.
+"""
+
+import dataclasses
+import warnings
+import weakref
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from soflow.assembly import assemble
+from soflow.config import Config
+from soflow.distributed import Processes
+from soflow.models.network import Recompute
+from soflow.optim import Optimizer
+from soflow.run_folder import RunError, training_ops
+
+GIB = 2**30
+ACCUMULATIONS = (2, 4, 8, 16)
+
+
+class CountMemory(TorchDispatchMode):
+    """While active, counts the bytes of all tensors that ops make: `now` alive, and `peak` of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the op and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages:
+            return
+
+        def gone(_: object) -> None:
+            del self._storages[address]
+            self.now -= size
+
+        self._storages[address] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _FakeTensors(FakeTensorMode):
+    """A mode that copies of its tensors share."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "_FakeTensors":
+        return self
+
+
+class _MomentsOnly:
+    """To a step the optimizer, of which it holds what lives between updates: two moments."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        trained = [p for p in optimizer.parameters() if p.requires_grad]
+        self.moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
+        self.grad_norm = torch.zeros((), device=trained[0].device)
+        self.zero_grad = optimizer.zero_grad
+
+    def step(self) -> None:
+        """Leave the gradients to whoever wants to update by them."""
+
+
+def predict_peak(config: Config, image_shape: tuple[int, int, int], device: torch.device, world_size: int = 1) -> int:
+    """Return the bytes that a process of a training needs for its tensors at most; takes seconds and no memory.
+
+    image_shape: (C, H, W) of the data.  device: where the training will run, which decides on ops and optimizer.
+    """
+    ops = training_ops(config, device)
+    fused_update = config.optim.backend in ("auto", "fused") and device.type == "cuda"
+    config = dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, batch_size=-(-config.train.batch_size // world_size)),
+        optim=dataclasses.replace(config.optim, backend="reference"),
+    )
+    return count_steps(config, image_shape, ops, fused_update)
+
+
+def count_steps(config: Config, image_shape: tuple[int, int, int], ops: ModuleType, fused_update: bool = False) -> int:
+    """Return the peak of tensor bytes of a step, on fake tensors, of a training under way.
+
+    fused_update: the update makes nothing but changes, as the CUDA extension's.
+    """
+    with _FakeTensors(), CountMemory() as memory, warnings.catch_warnings():
+        # copying a network asks its tensors for their addresses
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops)
+        parts.step.optimizer = under_way = _MomentsOnly(parts.optimizer)  # type: ignore[assignment]
+        parts.step(*sample_like(config, image_shape), 0)
+        if not fused_update:
+            # the first update makes moments of its own
+            under_way.moments.clear()
+            parts.optimizer.step()
+    return memory.peak
+
+
+def sample_like(config: Config, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return moments and labels of a batch, zeros, as the data set of a configuration would read them."""
+    mean = torch.zeros(config.train.batch_size, *image_shape)
+    std = torch.zeros_like(mean) if config.data.source == "latents" else None
+    return mean, std, torch.zeros(len(mean), dtype=torch.int64)
+
+
+def require_memory(
+    config: Config, image_shape: tuple[int, int, int], device: torch.device, world_size: int, available: int
+) -> int:
+    """Return the predicted peak in bytes; RunError with what would help where it is more than `available`."""
+
+    def predict(recompute: Recompute = config.engine.recompute, parts: int = config.train.accumulation) -> int:
+        engine = dataclasses.replace(config.engine, recompute=recompute)
+        train = dataclasses.replace(config.train, accumulation=parts)
+        return predict_peak(dataclasses.replace(config, engine=engine, train=train), image_shape, device, world_size)
+
+    needed = predict()
+    if needed <= available:
+        return needed
+    advice = []
+    stronger: tuple[Recompute, ...] = ("norms", "blocks")
+    for recompute in stronger:
+        if config.engine.recompute == "none" and predict(recompute) <= available:
+            advice.append(f"engine.recompute={recompute}")
+            break
+    for parts in ACCUMULATIONS:
+        if parts > config.train.accumulation and predict(parts=parts) <= available:
+            advice.append(f"train.accumulation={parts}")
+            break
+    help_text = f"use {' or '.join(advice)}" if advice else "use a smaller network or more memory"
+    raise RunError(
+        f"{config.network.name} at batch {config.train.batch_size} needs {needed / GIB:.1f} GiB, "
+        f"this GPU has {available / GIB:.1f}: {help_text}"
+    )

@@ -1,0 +1,98 @@
+"""Predicted against measured: the same step on tensors that have memory, counted op by op."""
+
+import re
+
+import pytest
+import tiny
+import torch
+
+from soflow import memory
+from soflow.assembly import assemble
+from soflow.distributed import Processes
+from soflow.kernels import reference
+from soflow.memory import GIB, CountMemory, predict_peak, require_memory, sample_like
+from soflow.run_folder import RunError
+
+CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
+WIDE = ("network.hidden_size=64", "network.depth=3", "network.patch_size=1", "train.batch_size=48")
+
+
+def measured_peak(config) -> int:
+    with CountMemory() as count:
+        step = assemble(config, Processes(0, 1, CPU), reference).step
+        for index in range(2):
+            step(*sample_like(config, SHAPE), index)
+    return count.peak
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("engine.recompute=norms",),
+        ("engine.recompute=blocks", "engine.precision=bf16"),
+        ("train.accumulation=3",),
+        ("objective.name=meanflow",),
+        ("objective.name=flow_matching", "objective.fm_ratio=1", "flow.sampler=euler"),
+    ],
+)
+def test_prediction_is_what_a_training_needs(tmp_path, settings):
+    config = tiny.config(tmp_path, *WIDE, *settings)
+    assert predict_peak(config, SHAPE, CPU) == pytest.approx(measured_peak(config), rel=0.01)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_recomputation_and_accumulation_save_what_they_say(tmp_path):
+    def predict(*settings):
+        return predict_peak(tiny.config(tmp_path, *WIDE, *settings), SHAPE, CPU)
+
+    plain = predict()
+    norms, blocks = predict("engine.recompute=norms"), predict("engine.recompute=blocks")
+    assert blocks < norms < plain
+    assert predict("train.accumulation=2") < 0.7 * plain
+    assert predict_peak(tiny.config(tmp_path, *WIDE), SHAPE, CPU, world_size=2) < 0.7 * plain
+
+
+def test_counts_storages_from_birth_to_end():
+    with CountMemory() as count:
+        a = torch.zeros(1000)
+        view = a[:10].view(2, 5)
+        assert (count.now, count.peak) == (4000, 4000)
+        b = torch.ones(500, dtype=torch.float64)
+        del a
+        assert count.now == 8000
+        del view
+        assert count.now == 4000
+        b.add_(1)
+        assert (count.now, count.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize(
+    ("settings", "available", "advice"),
+    [
+        ((), 79, "use engine.recompute=norms or train.accumulation=2"),
+        ((), 40, "use engine.recompute=blocks or train.accumulation=4"),
+        (("engine.recompute=norms",), 40, "use train.accumulation=2"),
+        ((), 1, "use a smaller network or more memory"),
+    ],
+)
+def test_a_training_that_does_not_fit_is_refused_with_what_helps(tmp_path, monkeypatch, settings, available, advice):
+    def predict(config, shape, device, world_size):
+        needed = {"none": 84, "norms": 60, "blocks": 20}[config.engine.recompute] / config.train.accumulation
+        return int(needed * GIB) + GIB
+
+    monkeypatch.setattr(memory, "predict_peak", predict)
+    config = tiny.config(tmp_path, "train.batch_size=256", *settings)
+    needed = predict(config, SHAPE, CPU, 1)
+    assert require_memory(config, SHAPE, CPU, 1, available=needed) == needed
+    message = f"DiT at batch 256 needs {needed / GIB:.1f} GiB, this GPU has {available}.0: {advice}"
+    with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
+        require_memory(config, SHAPE, CPU, 1, available=available * GIB)
+
+
+def test_the_largest_model_in_gib(tmp_path):
+    """XL/2 at batch 256 in bf16 by fused ops, without a GPU: more than 80 GB hold, and recomputation fits."""
+    official = ("network={name: DiT-XL/2, input_size: 32, in_channels: 4, num_classes: 1000}", "train.batch_size=256")
+    config = tiny.config(tmp_path, *official, "engine.precision=bf16")
+    gpu = torch.device("cuda")
+    assert 80 < predict_peak(config, (4, 32, 32), gpu) / GIB < 110

@@ -1,0 +1,122 @@
+"""One step: its rows, its calls, its parts, and that it never waits for the device."""
+
+import pytest
+import tiny
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from soflow.assembly import Training, assemble
+from soflow.data import batch_indices, open_source
+from soflow.distributed import Processes
+from soflow.run_folder import training_ops
+
+CPU = torch.device("cpu")
+OBJECTIVES = {
+    "soflow": (),
+    "meanflow": ("objective.name=meanflow",),
+    "flow_matching": ("objective.name=flow_matching", "objective.fm_ratio=1", "flow.sampler=euler"),
+}
+# what makes a host wait for a device: a value read, a size that depends on values, a copy to the host
+SYNCHRONISING = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+
+def training(tmp_path, *settings) -> tuple[Training, object]:
+    config = tiny.config(tmp_path, *settings)
+    return assemble(config, Processes(0, 1, CPU), training_ops(config, CPU)), open_source(config.data)
+
+
+def samples(parts: Training, source, step: int):
+    config = parts.step.config
+    indices = batch_indices(len(source), config.train.batch_size, config.seed, step)
+    return source.read(indices[list(parts.step.positions)])
+
+
+class Watch(TorchDispatchMode):
+    """Notes the ops that wait for a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
+        name = func.overloadpacket.__name__
+        boolean_index = name.startswith("index") and any(
+            t is not None and t.dtype in (torch.bool, torch.uint8)
+            for t in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else [])
+            if isinstance(t, torch.Tensor)
+        )
+        if name in SYNCHRONISING or boolean_index:
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+SETTINGS = [(), ("engine.recompute=norms",), ("engine.precision=bf16",), ("train.accumulation=2",)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_step_waits_for_the_device(tmp_path, monkeypatch, name, settings):
+    parts, source = training(tmp_path, *OBJECTIVES[name], *settings, "optim.nonfinite=skip")
+    # the update by PyTorch asks for its numbers of steps and decisions; that of the extension has them on the device
+    monkeypatch.setattr(parts.optimizer, "step", lambda: None)
+    for step in range(2):
+        rows = samples(parts, source, step)
+        with Watch() as watch:
+            parts.step(*rows, step)
+        assert watch.ops > 100
+        assert watch.waits == []
+
+
+def test_the_watch_sees_what_it_should():
+    x = torch.arange(3.0)
+    with Watch() as watch:
+        x.sum().item()
+        bool(x.sum() > 1)
+        x[x > 1]
+        x.nonzero()
+    assert len(watch.waits) == 4
+
+
+def test_two_network_calls_with_the_rows_as_designed(tmp_path, monkeypatch):
+    """Guidance without gradient: all rows without label, the consistency rows with; then all, with the differences."""
+    parts, source = training(tmp_path, "train.batch_size=16", "objective.fm_ratio=0.75")
+    network, calls = parts.step.flow.network, []
+    run = network._run
+
+    def noted(x, *rest):
+        calls.append((len(x.x), 0 if x.d is None else len(x.d), torch.is_grad_enabled()))
+        return run(x, *rest)
+
+    monkeypatch.setattr(network, "_run", noted)
+    parts.step(*samples(parts, source, 0), 0)
+    assert calls == [(16 + 4, 0, False), (16, 4, True)]
+
+
+def trained(tmp_path, *settings):
+    parts, source = training(tmp_path, *settings)
+    for step in range(3):
+        parts.step(*samples(parts, source, step), step)
+    return parts
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulated_parts_are_the_batch(tmp_path, name):
+    whole = trained(tmp_path, *OBJECTIVES[name], "optim.name=radam")
+    for count in (2, 3, 12):
+        parts = trained(tmp_path, *OBJECTIVES[name], "optim.name=radam", f"train.accumulation={count}")
+        assert sorted(parts.step.positions) == list(range(12))
+        torch.testing.assert_close(parts.step.sums, whole.step.sums, rtol=2e-5, atol=1e-6)
+        for a, b in zip(parts.flow.parameters(), whole.flow.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("recompute", ["norms", "blocks"])
+def test_recomputed_training_has_the_same_bits(tmp_path, recompute):
+    for precision in ("fp32", "bf16"):
+        plain = trained(tmp_path, f"engine.precision={precision}")
+        ours = trained(tmp_path, f"engine.precision={precision}", f"engine.recompute={recompute}")
+        assert torch.equal(ours.step.sums, plain.step.sums)
+        for a, b in zip(ours.flow.parameters(), plain.flow.parameters(), strict=True):
+            assert torch.equal(a, b)
