@@ -1,4 +1,4 @@
-"""The command line: `soflow train`, `soflow sample`, `soflow doctor`.
+"""The command line: `soflow train`, `soflow sample`, `soflow export`, `soflow doctor`.
 
 Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
 with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
@@ -171,7 +171,10 @@ def _sample_parser() -> argparse.ArgumentParser:
         "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz",
     )
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="run folder (its newest checkpoint), step folder, or official .pt file"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="run folder (its newest checkpoint), step folder, exported folder, or official .pt file",
     )
     parser.add_argument("--nfe", type=_positive, default=1, metavar="N", help="network calls per image (default 1)")
     parser.add_argument("--classes", type=_numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
@@ -310,6 +313,38 @@ def _report_text(report: "Report") -> str:
 
 
 # ------------------------------------------------------------------------------------------------
+# soflow export
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "export",
+        "Write trained weights to a new folder: model.safetensors, config.json with the shape of the network, and a "
+        "model card. `soflow sample` reads it.",
+        None,
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="averaged weights, or those of the last step (default ema)",
+    )
+    return parser
+
+
+def _export(args: argparse.Namespace) -> int:
+    from soflow.export import write_export
+    from soflow.run_folder import read_trained
+
+    trained = read_trained(args.path, args.weights)
+    write_export(args.folder, trained)
+    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}")
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------------
 # What the commands share.
 
 
@@ -375,6 +410,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("train a network from a configuration, or continue its run", _train_parser, _train),
     "sample": Command("draw images from a checkpoint", _sample_parser, _sample),
+    "export": Command("write trained weights as safetensors, with a model card", _export_parser, _export),
     "doctor": Command("say what of this machine works, what is missing or broken, and why", _doctor_parser, _doctor),
 }
 

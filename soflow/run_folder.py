@@ -18,6 +18,7 @@ from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
 from soflow.config import Config, FlowConfig, NetworkConfig
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
+from soflow.export import Trained, is_export, read_export
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.models import build_network
@@ -135,28 +136,37 @@ def load_flow(
 ) -> tuple[SolutionFlow, int]:
     """Load a trained flow, in eval mode and without gradients, and the number of its training steps.
 
-    path: a run folder (its newest sound checkpoint), a step folder, or an official `.pt` file, whose path and
-    parameterization are taken as linear and euler, as the released models have them.
+    path: as for `read_trained`, which says what is raised.
+    """
+    trained = read_trained(path, weights)
+    flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)))
+    flow.network.load_state_dict(dict(trained.weights))
+    return flow.to(device).requires_grad_(False).eval(), trained.step
+
+
+def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
+    """Return trained weights and what they belong to; of an exported folder those that it holds.
+
+    path: a run folder (its newest sound checkpoint), a step folder, a folder of `soflow export`, or an official `.pt`
+    file, whose path and parameterization are taken as linear and euler, as the released models have them.
     Raises CheckpointError naming the path where there is none or it cannot be trusted.
     """
-    ops = choose_ops("auto", torch.device(device))
     if path.suffix == ".pt":
         official = checkpoint.load_official(path)
-        state, step = official.ema if weights == "ema" else official.model, official.step
-        shape = checkpoint.infer_dit_shape(state)
-        flow = build_flow(NetworkConfig(name="DiT", **shape), FlowConfig(), ops)
+        state = official.ema if weights == "ema" else official.model
+        network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(state))
+        return Trained(network=network, flow=FlowConfig(), weights=state, kind=weights, step=official.step)
+    if is_export(path):
+        return read_export(path)
+    if RunFolder(path).config.exists():
+        step_folder = _newest_step(path)
     else:
-        if RunFolder(path).config.exists():
-            step_folder = _newest_step(path)
-        else:
-            step_folder = path
-            checkpoint.verify(path)
-        saved = checkpoint.read(step_folder)
-        state, step = saved.ema if weights == "ema" else saved.model, saved.step
-        config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
-        flow = build_flow(config.network, config.flow, ops)
-    flow.network.load_state_dict(state)
-    return flow.to(device).requires_grad_(False).eval(), step
+        step_folder = path
+        checkpoint.verify(path)
+    saved = checkpoint.read(step_folder)
+    config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
+    state = saved.ema if weights == "ema" else saved.model
+    return Trained(network=config.network, flow=config.flow, weights=state, kind=weights, step=saved.step)
 
 
 def _newest_step(path: Path) -> Path:

@@ -67,7 +67,7 @@ def refusal(capsys, *argv: object) -> str:
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
-    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["train", "sample", "doctor"]
+    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == ["train", "sample", "export", "doctor"]
 
 
 def test_help_of_train_lists_every_field_with_type_default_and_help(capsys):

@@ -25,11 +25,13 @@ LAYERS = {
     2: {"draw", "flow", "flow_matching", "guidance", "meanflow", "models", "objective", "precision", "sampling", ""},
     3: {
         "checkpoint",
+        "capture",
         "config_file",
         "data",
         "distributed",
         "doctor",
         "ema",
+        "export",
         "images",
         "log",
         "meters",

@@ -99,6 +99,11 @@ class Writer:
         self._writing = self._threads.submit(write)
 
     @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._writing is not None and not self._writing.done()
+
+    @property
     def failed(self) -> bool:
         """Whether `wait` would raise at once."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
