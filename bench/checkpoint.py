@@ -3,9 +3,9 @@
     python -m bench.checkpoint [--hidden-size N] [--depth N] [--batch-size N] [--steps N] [--rounds N] [--json FILE]
 
 Trains a DiT on the digits in rounds of `--steps` steps, by turns: without a checkpoint, with one that a thread writes
-while the steps go on, and with one that the steps wait for; each is saved before the first step of its round. Medians of
-the rounds: what the save holds the training up at once (ms), what a round takes longer than one without (ms), and that
-in percent of the round. --steps must be enough for the thread to finish within its round; else the row says so.
+while the steps go on, and with one that the steps wait for; each is saved before the first step of its round. Medians
+of the rounds: what the save holds the training up at once (ms), what a round takes longer than one without (ms), and
+that in percent of the round. --steps must be enough for the thread to finish within its round; else the row says so.
 """
 
 import argparse
@@ -76,10 +76,10 @@ def measure(trainer: Trainer, steps: int, rounds: int) -> list[Cost]:
                     times[way].append(done)
     plain = statistics.median(done.seconds for done in times["none"])
     costs = []
-    for way, done in times.items():
-        extra = statistics.median(one.seconds for one in done) - plain
-        stall = statistics.median(one.stall_s for one in done)
-        costs.append(Cost(way, 1e3 * stall, 1e3 * extra, 100 * extra / plain, not any(one.late for one in done)))
+    for way, all_done in times.items():
+        extra = statistics.median(done.seconds for done in all_done) - plain
+        stall = statistics.median(done.stall_s for done in all_done)
+        costs.append(Cost(way, 1e3 * stall, 1e3 * extra, 100 * extra / plain, not any(done.late for done in all_done)))
     return costs
 
 
