@@ -244,6 +244,10 @@ class EngineConfig:
     ops: Annotated[
         Literal["auto", "fused", "reference"], "auto: fused kernels on a GPU, the reference on the CPU and for meanflow"
     ] = "auto"
+    cuda_graph: Annotated[
+        Literal["auto", "on", "off"],
+        "the whole step as one launch; auto: on one GPU, with the CUDA extension's optimizer",
+    ] = "auto"
     recompute: Annotated[
         Literal["none", "norms", "blocks"],
         "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",

@@ -52,8 +52,8 @@ def sample_batch(
     num_velocity: int,
     *,
     seed: int,
-    step: int,
-    r: float,
+    step: Tensor,
+    r: Tensor,
     times: TimesConfig,
     objective: ObjectiveConfig,
     ops: ModuleType,
@@ -61,13 +61,12 @@ def sample_batch(
     """Draw posterior, noise, times and null labels of the rows `positions` for (seed, step).
 
     mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
-    positions: (B,) int64, place of each row in the global batch.  r: the gap ratio of this step.
+    positions: (B,) int64, place of each row in the global batch.  step: int64 scalar.  r: fp32 scalar, its gap ratio.
     Objective meanflow orders the draws of t and s, and its velocity rows take that t, as the paper has it.
     """
     seeds = torch.full_like(positions, seed)
-    steps = torch.full_like(positions, step)
-    x_0, x_1 = ops.draw(mean, std, seeds, steps, positions)
-    z = ops.normal(seeds, steps, TIME_STREAM, positions, 3)
+    x_0, x_1 = ops.draw(mean, std, seeds, step, positions)
+    z = ops.normal(seeds, step, TIME_STREAM, positions, 3)
     t_draw = logit_normal(z[:, 1], times.t_mean, times.t_std)
     s_draw = logit_normal(z[:, 2], times.s_mean, times.s_std)
     if objective.name == "meanflow":
@@ -84,6 +83,6 @@ def sample_batch(
         l=middle_time(t, s, r),
         s=s,
         labels=labels,
-        null_mask=ops.uniform(seeds, steps, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
+        null_mask=ops.uniform(seeds, step, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
         num_velocity=num_velocity,
     )

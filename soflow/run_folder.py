@@ -27,7 +27,7 @@ from soflow.models import build_network
 FREE_FIELDS = {
     "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
     "optim": ("max_bad_steps",),
-    "engine": ("device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
+    "engine": ("cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }
 
 

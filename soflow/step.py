@@ -1,13 +1,15 @@
 """One training step: draw, guide, look ahead, joint call, loss, backward, update; its statistics stay on the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from soflow.capture import CapturedCall
 from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
@@ -73,12 +75,25 @@ class TrainingStep:
         self._most_bad_seen = 0
         self._copied: torch.cuda.Event | None = None
         self._norm_weight = 1.0 / world_size
+        self._train: Callable[..., None] = self._train_on
+        if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
+            self._train = CapturedCall(self._train_on, optimizer.prepare)
 
     def __call__(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> None:
         """Make the 0-based `step` on this process's samples, those at `positions`, as `Source.read` gives them."""
+        rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels))
+        self._train(*rows, *self.clock(step))
+        self.num_summed += 1
+
+    def clock(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return what changes from step to step, on the device: its number, int64, and the gap ratio r, fp32."""
+        r = gap_ratio_at(self.config, step)
+        return torch.full((), step, device=self.device), torch.full((), r, dtype=torch.float32, device=self.device)
+
+    def _train_on(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: Tensor, r: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(self.draw(mean, std, labels, step)):
+        for index, batch in enumerate(self.draw(mean, std, labels, step, r)):
             # the last part alone sends gradients to the other processes
             together = index == len(self.parts) - 1 or not isinstance(self.module, DistributedDataParallel)
             with nullcontext() if together else self.module.no_sync():  # type: ignore[operator]
@@ -102,21 +117,21 @@ class TrainingStep:
             self._copied.record()
         return self._most_bad_seen
 
-    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> Iterator[Batch]:
-        """Yield the parts of the batch of the 0-based `step` on these samples, with noise and times of that step."""
+    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: Tensor, r: Tensor) -> Iterator[Batch]:
+        """Yield the parts of the batch of the step whose `clock` is given, with its noise and times."""
         config, first = self.config, 0
         for part in self.parts:
             rows = slice(first, first + len(part.share))
             first = rows.stop
             yield sample_batch(
-                mean[rows].to(self.device),
-                None if std is None else std[rows].to(self.device),
-                labels[rows].to(self.device) if config.network.num_classes else None,
+                mean[rows],
+                None if std is None else std[rows],
+                labels[rows] if config.network.num_classes else None,
                 part.positions,
                 part.share.num_velocity,
                 seed=config.seed,
                 step=step,
-                r=gap_ratio_at(config, step),
+                r=r,
                 times=config.times,
                 objective=config.objective,
                 ops=self.ops,
@@ -140,7 +155,6 @@ class TrainingStep:
             skipped[-1] = self._norm_weight
             row = torch.where(finite, row, skipped)
         self.sums += row
-        self.num_summed += 1
 
 
 class _Part:
@@ -193,6 +207,22 @@ def build_objective(config: Config, ops: ModuleType) -> GuidedObjective:
     if objective.name == "flow_matching":
         return FlowMatching(**shared, ops=ops)
     return Objective(**shared, lookahead=objective.lookahead, ops=ops)
+
+
+def choose_capture(
+    cuda_graph: Literal["auto", "on", "off"], device: torch.device, world_size: int, optimizer: Optimizer
+) -> bool:
+    """Return whether a step is captured as a CUDA graph; ValueError where `on` asks for what cannot be."""
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = "the run is not on a GPU"
+    elif world_size > 1:
+        obstacle = "several processes exchange gradients, which is not captured yet"
+    elif optimizer.backend != "fused":
+        obstacle = f"the optimizer's backend {optimizer.backend} counts its steps on the host"
+    if cuda_graph == "on" and obstacle is not None:
+        raise ValueError(f"engine.cuda_graph: got 'on', expected 'auto' or 'off', because {obstacle}")
+    return cuda_graph != "off" and obstacle is None
 
 
 def gap_ratio_at(config: Config, step: int) -> float:

@@ -187,8 +187,11 @@ def assert_as_precise(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
     assert error <= 2 * eager_error + torch.finfo(ours.dtype).eps * exact.abs().max()
 
 
-def check_step(ops: ModuleType, device: str, shape: tuple[int, ...]) -> None:
-    """Loss and every gradient of a whole step on DiT(*shape): fused against eager, both against float64."""
+def check_step(ops: ModuleType, device: str, shape: tuple[int, ...], half: torch.dtype | None = None) -> None:
+    """Loss and every gradient of a whole step on DiT(*shape): fused against eager, both against float64.
+
+    half: dtype of the blocks' weights, as the precision bf16 has them.
+    """
     torch.manual_seed(0)
     input_size, _, channels, *_, num_classes = shape
     exact_network = DiT(*shape).double()
@@ -204,6 +207,9 @@ def check_step(ops: ModuleType, device: str, shape: tuple[int, ...]) -> None:
     def run(ops: ModuleType, dtype: torch.dtype) -> list[Tensor]:
         network = DiT(*shape, ops=ops).to(device, dtype)
         network.load_state_dict(exact_network.state_dict())
+        if half is not None and dtype == torch.float32:
+            for module in network.bf16_modules():
+                module.to(half)
         moved = {name: (v.to(dtype) if v.is_floating_point() else v).to(device) for name, v in tensors.items()}
         objective = Objective(3.0, 0.8, 0.25, ops=ops)
         loss = objective(SolutionFlow(network), Batch(**moved, num_velocity=4)).loss

@@ -123,8 +123,9 @@ def test_draw_is_that_of_the_reference_however_split(has_std, interpreted):
     assert all(torch.equal(a, b[4:]) for a, b in zip(part, ours, strict=True))
 
 
-def test_whole_step_is_as_precise_as_eager(interpreted):
-    check_step(interpreted, "cpu", (4, 2, 2, 24, 2, 2, 5))
+@pytest.mark.parametrize("half", [None, torch.float16])
+def test_whole_step_is_as_precise_as_eager(half, interpreted):
+    check_step(interpreted, "cpu", (4, 2, 2, 24, 2, 2, 5), half)
 
 
 @parametrize([*norm_cases(2, 3, 24), *norm_cases(3, 5, 100, torch.float16)])

@@ -22,10 +22,21 @@ ROOT = Path(__file__).parents[1]
 # The layer of each module of soflow; a package stands for all its modules, "" is soflow/__init__.py.
 LAYERS = {
     1: {"kernels", "config", "paths", "times"},
-    2: {"draw", "flow", "flow_matching", "guidance", "meanflow", "models", "objective", "precision", "sampling", ""},
+    2: {
+        "capture",
+        "draw",
+        "flow",
+        "flow_matching",
+        "guidance",
+        "meanflow",
+        "models",
+        "objective",
+        "precision",
+        "sampling",
+        "",
+    },
     3: {
         "checkpoint",
-        "capture",
         "config_file",
         "data",
         "distributed",

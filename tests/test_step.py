@@ -5,6 +5,8 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from soflow import capture
+from soflow import step as step_module
 from soflow.assembly import Training, assemble
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
@@ -120,3 +122,46 @@ def test_recomputed_training_has_the_same_bits(tmp_path, recompute):
         assert torch.equal(ours.step.sums, plain.step.sums)
         for a, b in zip(ours.flow.parameters(), plain.flow.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("settings", [(), ("train.accumulation=2", "engine.precision=bf16")])
+def test_a_captured_step_trains_the_same_to_the_bit(tmp_path, monkeypatch, settings):
+    """With graphs that call again what they recorded: everything that changes reaches them through their buffers."""
+    eager, source = training(tmp_path / "eager", *settings)
+    monkeypatch.setattr(step_module, "choose_capture", lambda *arguments: True)
+    monkeypatch.setattr(capture, "on_side_stream", lambda call, inputs: call(*inputs))
+    monkeypatch.setattr(capture, "capture", lambda call, inputs: lambda: call(*inputs))
+    captured, _ = training(tmp_path / "captured", *settings)
+    for number in range(capture.NUM_WARMUP + 4):
+        for parts in (eager, captured):
+            parts.step(*samples(parts, source, number), number)
+    assert captured.step.num_summed == eager.step.num_summed == capture.NUM_WARMUP + 4
+    assert torch.equal(captured.step.sums, eager.step.sums)
+    for ours, theirs in zip(captured.flow.parameters(), eager.flow.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "backend", "obstacle"),
+    [
+        ("cpu", 1, "reference", "the run is not on a GPU"),
+        ("cuda", 2, "fused", "several processes exchange gradients"),
+        ("cuda", 1, "reference", "the optimizer's backend reference counts its steps on the host"),
+        ("cuda", 1, "fused", None),
+    ],
+)
+def test_capture_is_chosen_where_it_can_be(device, world_size, backend, obstacle):
+    class OfBackend:
+        def __init__(self) -> None:
+            self.backend = backend
+
+    arguments = torch.device(device), world_size, OfBackend()
+    assert step_module.choose_capture("auto", *arguments) is (obstacle is None)
+    assert step_module.choose_capture("off", *arguments) is False
+    if obstacle is None:
+        assert step_module.choose_capture("on", *arguments)
+    else:
+        with pytest.raises(
+            ValueError, match=f"engine.cuda_graph: got 'on', expected 'auto' or 'off', because {obstacle}"
+        ):
+            step_module.choose_capture("on", *arguments)

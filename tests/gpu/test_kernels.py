@@ -177,5 +177,6 @@ def test_more_rows_than_int32_elements():
     torch.testing.assert_close(h, reference.modulated_norm(x[:, -1:], rows, rows)[0])
 
 
-def test_whole_step_is_as_precise_as_eager():
-    check_step(kernels, "cuda", (16, 2, 4, 192, 3, 3, 10))
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_whole_step_is_as_precise_as_eager(half):
+    check_step(kernels, "cuda", (16, 2, 4, 192, 3, 3, 10), half)

@@ -1,0 +1,66 @@
+"""The whole step on a GPU: captured as one graph it is the eager one, and it never waits for the device."""
+
+import pytest
+import tiny
+import torch
+
+from soflow.assembly import Training, assemble
+from soflow.capture import NUM_WARMUP, CapturedCall
+from soflow.data import batch_indices, open_source
+from soflow.distributed import Processes
+from soflow.kernels.multi_tensor import is_built
+from soflow.run_folder import training_ops
+
+pytestmark = pytest.mark.skipif(not is_built(), reason="needs the CUDA extension")
+GPU = torch.device("cuda", 0)
+
+
+def training(folder, *settings) -> tuple[Training, object]:
+    config = tiny.config(folder, "engine.device=cuda", *settings)
+    return assemble(config, Processes(0, 1, GPU), training_ops(config, GPU)), open_source(config.data)
+
+
+def samples(parts: Training, source, step: int):
+    config = parts.step.config
+    indices = batch_indices(len(source), config.train.batch_size, config.seed, step)
+    mean, std, labels = source.read(indices[list(parts.step.positions)])
+    return mean.to(GPU), std, labels.to(GPU)
+
+
+SETTINGS = [
+    (),
+    ("engine.precision=bf16",),
+    ("train.accumulation=2", "engine.recompute=norms"),
+    ("optim.clip_norm=0.1",),
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_captured_step_trains_the_same_to_the_bit(tmp_path, settings):
+    eager, source = training(tmp_path / "eager", "engine.cuda_graph=off", *settings)
+    captured, _ = training(tmp_path / "captured", "engine.cuda_graph=on", *settings)
+    assert isinstance(captured.step._train, CapturedCall)
+    for number in range(NUM_WARMUP + 5):
+        for parts in (eager, captured):
+            parts.step(*samples(parts, source, number), number)
+    torch.cuda.synchronize()
+    assert torch.equal(captured.step.sums, eager.step.sums)
+    for ours, theirs in zip(captured.flow.parameters(), eager.flow.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(captured.ema.averages, eager.ema.averages, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cuda_graph", ["on", "off"])
+def test_no_step_waits_for_the_device(tmp_path, cuda_graph):
+    parts, source = training(tmp_path, f"engine.cuda_graph={cuda_graph}", "optim.nonfinite=skip")
+    rows = [samples(parts, source, number) for number in range(NUM_WARMUP + 4)]
+    for number in range(NUM_WARMUP + 1):
+        parts.step(*rows[number], number)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(NUM_WARMUP + 1, NUM_WARMUP + 4):
+            parts.step(*rows[number], number)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
