@@ -1,5 +1,6 @@
 """Networks whose weights the processes share out among them (FSDP2), and tensors that may be shards of such."""
 
+import warnings
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
@@ -24,13 +25,17 @@ def shard_network(network: Network, processes: Processes, precision: Precision) 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # true, and nothing here writes into what a module returned
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
-    rounded = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    # inputs stay as they are: a block takes the residual stream in float32 and rounds inside its branches
+    rounded = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     policy = rounded if precision == "bf16" else MixedPrecisionPolicy()
     for block in network.bf16_modules():
-        # not the block itself, which has no pass of its own: DiT calls its parts
-        for part in block.children():
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+        # called by the network itself, before any block
+        for modulation in (part for name, part in block.named_children() if name == "adaLN_modulation"):
+            fully_shard(modulation, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(network, mesh=mesh)
     register_fsdp_forward_method(network, "forward_difference")
 
