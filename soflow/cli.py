@@ -1,4 +1,4 @@
-"""The command line: `soflow train`, `soflow sample`, `soflow audit`, `soflow doctor`.
+"""The command line: `soflow train`, `soflow sample`, `soflow audit`, `soflow export`, `soflow doctor`.
 
 Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
 with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
@@ -105,18 +105,20 @@ def _train(args: argparse.Namespace) -> int:
 
     from soflow.distributed import join_processes
     from soflow.trainer import DivergedError, Trainer
+    from soflow.watchdog import PeerError
 
-    with join_processes(config.engine.device) as processes:
-        trainer = Trainer(config, processes, args.resume)
-        try:
+    try:
+        with join_processes(config.engine.device, config.engine.timeout_s) as processes:
+            trainer = Trainer(config, processes, args.resume)
             complete = trainer.fit()
-        except DivergedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return FAILED
-        if processes.is_first:
-            end = "complete" if complete else "stopped, the same command continues it"
-            print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
-    return DONE if complete else STOPPED
+            if processes.is_first:
+                end = "complete" if complete else "stopped, the same command continues it"
+                print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
+    except (DivergedError, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    # torchrun takes every other code for a failure, and would start a stopped run again: status.json tells them apart
+    return DONE if complete or processes.world_size > 1 else STOPPED
 
 
 def _summary(config: "Config", resume: Path | None) -> str:
@@ -169,7 +171,10 @@ def _sample_parser() -> argparse.ArgumentParser:
         "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz",
     )
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="run folder (its newest checkpoint), step folder, or official .pt file"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="run folder (its newest checkpoint), step folder, exported folder, or official .pt file",
     )
     parser.add_argument("--nfe", type=_positive, default=1, metavar="N", help="network calls per image (default 1)")
     parser.add_argument("--classes", type=_numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
@@ -364,6 +369,38 @@ def _report_text(report: "Report") -> str:
 
 
 # ------------------------------------------------------------------------------------------------
+# soflow export
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "export",
+        "Write trained weights to a new folder: model.safetensors, config.json with the shape of the network, and a "
+        "model card. `soflow sample` reads it.",
+        None,
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="averaged weights, or those of the last step (default ema)",
+    )
+    return parser
+
+
+def _export(args: argparse.Namespace) -> int:
+    from soflow.export import write_export
+    from soflow.run_folder import read_trained
+
+    trained = read_trained(args.path, args.weights)
+    write_export(args.folder, trained)
+    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}")
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------------
 # What the commands share.
 
 
@@ -430,6 +467,7 @@ COMMANDS = {
     "train": Command("train a network from a configuration, or continue its run", _train_parser, _train),
     "sample": Command("draw images from a checkpoint", _sample_parser, _sample),
     "audit": Command("say how wrong the slope of a run is, and why: bias or noise", _audit_parser, _audit),
+    "export": Command("write trained weights as safetensors, with a model card", _export_parser, _export),
     "doctor": Command("say what of this machine works, what is missing or broken, and why", _doctor_parser, _doctor),
 }
 
