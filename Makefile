@@ -71,7 +71,7 @@ demo: venv
 
 lock: $(UV)
 	$(COMPILE) pyproject.toml -o requirements/runtime.lock
-	$(COMPILE) pyproject.toml --extra gpu -c requirements/runtime.lock -o requirements/gpu.lock
+	$(COMPILE) pyproject.toml --extra gpu --extra latents -c requirements/runtime.lock -o requirements/gpu.lock
 	$(COMPILE) pyproject.toml --extra dev -c requirements/runtime.lock -o requirements/dev.lock
 	$(COMPILE) requirements/build.in -o requirements/build.lock
 	$(COMPILE) requirements/triton.in -o requirements/triton.lock

@@ -13,6 +13,7 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
     training    the digits for a few hundred steps on the GPU, losses and time: the fused ops, captured or not, and in
                 bf16, against the reference ops in float32
+    data        bench.data and bench.encode: waiting for data behind DiT-B/2, decoding against Pillow
 
 Prints a short table last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when
 a stage failed, 2 where there is no GPU.
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_steps=300", "train.sample_every=0")
 # the trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
 TRAINING_TOLERANCE = 0.05
+MAX_WAITING, MIN_DECODING = 0.01, 3.0  # of a step, over Pillow on all cores
 TRAININGS = {
     "reference": ("engine.ops=reference",),
     "fused": ("engine.ops=fused", "engine.cuda_graph=off"),
@@ -86,6 +88,14 @@ def run(command: list[str], limit_s: int) -> tuple[int, str]:
         output = expired.stdout or ""
         return 124, output if isinstance(output, str) else output.decode(errors="replace")
     return done.returncode, done.stdout
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a module can be found, without importing more than the packages it lies in."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def last_line(output: str) -> str:
@@ -211,6 +221,29 @@ def training() -> Stage:
     return Stage("training", "passed" if apart < TRAINING_TOLERANCE else "failed", detail, figures=figures)
 
 
+def data() -> Stage:
+    """Loaders of latents behind DiT-B/2, which may wait 1 % of the time, and decoding against Pillow on all cores."""
+    missing = [name for name in ("h5py", "msgspec", "nvidia.dali") if not is_installed(name)]
+    if missing:
+        return Stage("data", "skipped", f"not installed: {', '.join(missing)}")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for module, options in (("data", ["--samples", "8192", "--seconds", "2"]), ("encode", [])):
+            file = Path(folder) / f"{module}.json"
+            command = [sys.executable, "-m", f"bench.{module}", "--device", "cuda", "--json", str(file), *options]
+            code, output = run(command, limit_s=150)
+            print(output, flush=True)
+            if code != 0:
+                return Stage("data", "failed", f"{module}: {last_line(output)}")
+            figures[module] = json.loads(file.read_text(encoding="utf-8"))
+    ours = {row["loader"]: row for row in figures["data"]["rows"] if not row["loader"].startswith("official")}
+    waiting = {name: ours[name]["waiting"] for name in ("plain float16", "dali float16")}
+    fits = max(waiting.values()) <= MAX_WAITING and figures["encode"]["ratio"] >= MIN_DECODING
+    shares = ", ".join(f"{name} waits {share:.1%}" for name, share in waiting.items())
+    detail = f"{shares}; decoding {figures['encode']['ratio']:.1f} times Pillow"
+    return Stage("data", "passed" if fits else "failed", detail, figures=figures)
+
+
 STAGES: dict[str, Callable[[], Stage]] = {
     "extension": extension,
     "tests": tests,
@@ -219,6 +252,7 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "attention": attention,
     "optimizer": optimizer,
     "training": training,
+    "data": data,
 }
 
 

@@ -163,6 +163,7 @@ def draw_batch(config: Config, samples: int, seed: int) -> Batch:
         batch,
         x_0=batch.x_0[chosen],
         x_1=batch.x_1[chosen],
+        draw_keys=None,  # a trained network drops nothing
         t=batch.t[chosen],
         l=batch.l[chosen],
         s=batch.s[chosen],

@@ -1,4 +1,4 @@
-"""The command line: `soflow train`, `soflow sample`, `soflow audit`, `soflow export`, `soflow doctor`.
+"""The command line: `soflow train`, `sample`, `doctor`, and those of `soflow.cli_data` and `soflow.cli_trained`.
 
 Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
 with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
@@ -7,14 +7,15 @@ with one message on stderr; 3 the training was stopped by a signal, after it sav
 import argparse
 import json
 import math
-import re
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from soflow import cli_data, cli_trained
+from soflow.arguments import Command, command_parser, file_name, numbers, positive
 
 # What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
     from soflow.config import Config
     from soflow.doctor import Report
     from soflow.flow import SolutionFlow
+    from soflow.vae import Vae
 
 DONE, FAILED, BAD_INPUT, STOPPED = range(4)
-MAX_NUMBERS = 10_000_000
+DECODED_AT_ONCE = 8
 
 
 class UsageError(ValueError):
@@ -69,7 +71,7 @@ def _train_parser() -> argparse.ArgumentParser:
     for field in describe_fields():
         default = "required" if field.default == "required" else f"default {field.default}"
         lines += [f"  {field.name}: {field.type}; {default}", f"      {field.help}"]
-    parser = _parser(
+    parser = command_parser(
         "train",
         "Train a network from a configuration. A run that was interrupted continues when the same command is given "
         "again. Several processes: torchrun --nproc-per-node N train.py CONFIG ...",
@@ -161,7 +163,7 @@ def _summary(config: "Config", resume: Path | None) -> str:
 
 
 def _sample_parser() -> argparse.ArgumentParser:
-    parser = _parser(
+    parser = command_parser(
         "sample",
         "Draw one image per seed. The classes take turns: image i has the i-th seed and class i modulo the number of "
         "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class and --nfe, "
@@ -176,21 +178,28 @@ def _sample_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="run folder (its newest checkpoint), step folder, exported folder, or official .pt file",
     )
-    parser.add_argument("--nfe", type=_positive, default=1, metavar="N", help="network calls per image (default 1)")
-    parser.add_argument("--classes", type=_numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
+    parser.add_argument("--nfe", type=positive, default=1, metavar="N", help="network calls per image (default 1)")
+    parser.add_argument("--classes", type=numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
     parser.add_argument(
-        "--seeds", type=_numbers, default="0-99", metavar="LIST", help="one per image, such as 0-99 (default 0-99)"
+        "--seeds", type=numbers, default="0-99", metavar="LIST", help="one per image, such as 0-99 (default 0-99)"
     )
     parser.add_argument(
-        "--grid", type=_file(".png"), metavar="FILE.png", help="write all images as one, classes as rows"
+        "--grid", type=file_name(".png"), metavar="FILE.png", help="write all images as one, classes as rows"
     )
     parser.add_argument(
         "--npz",
-        type=_file(".npz"),
+        type=file_name(".npz"),
         metavar="FILE.npz",
         help="write the images in the order of the seeds, as the array arr_0, N x H x W x 3 uint8",
     )
-    parser.add_argument("--batch-size", type=_positive, default=100, metavar="N", help="images at once (default 100)")
+    parser.add_argument("--batch-size", type=positive, default=100, metavar="N", help="images at once (default 100)")
+    parser.add_argument(
+        "--vae",
+        default="stabilityai/sd-vae-ft-mse",
+        metavar="NAME",
+        help="for networks of latents: folder of a diffusers AutoencoderKL, or its name on the hub "
+        "(default stabilityai/sd-vae-ft-mse)",
+    )
     parser.add_argument(
         "--weights",
         choices=("ema", "model"),
@@ -211,23 +220,25 @@ def _sample(args: argparse.Namespace) -> int:
     from soflow import images
     from soflow.distributed import resolve_device
     from soflow.run_folder import load_flow
+    from soflow.vae import load_vae
 
     for path in filter(None, (args.grid, args.npz)):
         images.require_writable(path)
     device = resolve_device(args.device)
     flow, step = load_flow(args.path, args.weights, device)
     network: Any = flow.network
-    if network.in_channels not in (1, 3):
+    vae = None if network.in_channels in (1, 3) else load_vae(args.vae, device)
+    if vae is not None and vae.channels != network.in_channels:
         raise UsageError(
-            f"{args.path}: its network draws {network.in_channels} channels, expected 1 or 3: these are latents, and "
-            "there is no decoder yet that makes pixels of them"
+            f"--vae: got {vae.name} with latents of {vae.channels} channels, expected {network.in_channels}, which "
+            f"{args.path} draws"
         )
     classes = _choose_classes(args.classes, network.num_classes, len(args.seeds))
     seeds = torch.tensor(args.seeds, device=device)
     labels = torch.tensor(classes, device=device).repeat(len(seeds) // len(classes)) if classes else None
 
     start = time.perf_counter()
-    pixels = _draw(flow, seeds, labels, args.nfe, args.batch_size)
+    pixels = _draw(flow, vae, seeds, labels, args.nfe, args.batch_size)
     seconds = time.perf_counter() - start
 
     if args.npz is not None:
@@ -257,7 +268,9 @@ def _choose_classes(asked: list[int] | None, num_classes: int, num_seeds: int) -
     return classes
 
 
-def _draw(flow: "SolutionFlow", seeds: "Tensor", labels: "Tensor | None", nfe: int, batch_size: int) -> "np.ndarray":
+def _draw(
+    flow: "SolutionFlow", vae: "Vae | None", seeds: "Tensor", labels: "Tensor | None", nfe: int, batch_size: int
+) -> "np.ndarray":
     import numpy as np
     import torch
     from tqdm import tqdm
@@ -275,65 +288,11 @@ def _draw(flow: "SolutionFlow", seeds: "Tensor", labels: "Tensor | None", nfe: i
             x = sample(flow, None if labels is None else labels[rows], (len(noise), *shape), nfe, noise, renoise)
             if not torch.isfinite(x).all():
                 raise UsageError("the network draws NaN or infinity: its training has diverged")
-            batches.append(to_uint8(x))
+            # Few at once: the decoder takes a hundred times the memory of its latents.
+            parts = [x] if vae is None else [vae.decode(part) for part in x.split(DECODED_AT_ONCE)]
+            batches += [to_uint8(part) for part in parts]
             bar.update(len(x))
     return np.concatenate(batches)
-
-
-# ------------------------------------------------------------------------------------------------
-# soflow audit
-
-
-def _audit_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "audit",
-        "Take the slope that a run trained on apart, on the CPU: its finite difference against the exact derivative "
-        "(bias), and its arithmetic in several precisions against float64 (noise), as a function of the gap r. Prints "
-        "tables and writes audit.json and audit.png.",
-        "examples:\n"
-        "  soflow audit runs/digits                    the newest checkpoint\n"
-        "  soflow audit runs/digits --steps all        over training: all that train.keep_last left",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--steps", type=_steps, default="newest", metavar="all|newest|LIST", help="which checkpoints (default newest)"
-    )
-    parser.add_argument("--samples", type=_positive, default=32, metavar="N", help="rows to measure (default 32)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of data, noise and times (default 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default RUN/audit)")
-    return parser
-
-
-def _audit(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from soflow import audit_report
-    from soflow.audit import audit
-    from soflow.config_file import load_config
-    from soflow.images import require_writable
-    from soflow.run_folder import RunFolder
-
-    found = audit(args.run, args.steps, args.samples, args.seed)
-    out = args.run / "audit" if args.out is None else args.out
-    out.mkdir(parents=True, exist_ok=True)
-    require_writable(out / "audit.json")
-    audits = list(tqdm(found, unit="checkpoint", file=sys.stderr, disable=None))
-    config = load_config(RunFolder(args.run).config)
-    about = {"run": config.name, "seed": args.seed, "samples": args.samples}
-    audit_report.save_json(out / "audit.json", audits, about)
-    audit_report.save_plot(out / "audit.png", audits, config.times.gap_init, config.times.gap_end)
-    print(f"{audit_report.table(audits)}\n\n{out / 'audit.json'}, {out / 'audit.png'}")
-    return DONE
-
-
-def _steps(text: str) -> str | list[int]:
-    return text if text in ("all", "newest") else _numbers(text)
-
-
-def _seed(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 10**18 - 1")
-    return int(text)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,7 +300,7 @@ def _seed(text: str) -> int:
 
 
 def _doctor_parser() -> argparse.ArgumentParser:
-    parser = _parser("doctor", "Say what of this machine works, what is missing or broken, and why.", None)
+    parser = command_parser("doctor", "Say what of this machine works, what is missing or broken, and why.", None)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
@@ -368,106 +327,17 @@ def _report_text(report: "Report") -> str:
     return "\n".join([*lines, "", f"everything required works: {'yes' if report.ok else 'no'}"])
 
 
-# ------------------------------------------------------------------------------------------------
-# soflow export
-
-
-def _export_parser() -> argparse.ArgumentParser:
-    parser = _parser(
-        "export",
-        "Write trained weights to a new folder: model.safetensors, config.json with the shape of the network, and a "
-        "model card. `soflow sample` reads it.",
-        None,
-    )
-    parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "model"),
-        default="ema",
-        help="averaged weights, or those of the last step (default ema)",
-    )
-    return parser
-
-
-def _export(args: argparse.Namespace) -> int:
-    from soflow.export import write_export
-    from soflow.run_folder import read_trained
-
-    trained = read_trained(args.path, args.weights)
-    write_export(args.folder, trained)
-    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}")
-    return DONE
-
-
-# ------------------------------------------------------------------------------------------------
-# What the commands share.
-
-
-def _parser(command: str, description: str, epilog: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"soflow {command}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.fill(description, 100),
-        epilog=epilog,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where in the program an error arose")
-    return parser
-
-
-def _positive(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
-
-
-def _numbers(text: str) -> list[int]:
-    """The numbers of a list such as '0,2,5-9', in the order given; no number twice."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,18})\s*(?:-\s*([0-9]{1,18})\s*)?", part)
-        if match is None:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected numbers and ranges such as 0,2,5-9")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise argparse.ArgumentTypeError(f"got {part.strip()!r}, expected a range that ends at {first} or later")
-        if len(numbers) + last - first >= MAX_NUMBERS:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected at most {MAX_NUMBERS} numbers")
-        numbers += range(first, last + 1)
-    if len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected no number twice")
-    return numbers
-
-
-def _file(suffix: str) -> Callable[[str], Path]:
-    def parse(text: str) -> Path:
-        if Path(text).suffix != suffix:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a file name that ends in {suffix}")
-        return Path(text)
-
-    return parse
-
-
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
-class Command(NamedTuple):
-    """One command: its line of the help, its parser, and what it does; it returns the exit code."""
-
-    summary: str
-    parser: Callable[[], argparse.ArgumentParser]
-    run: Callable[[argparse.Namespace], int]
-
-
 COMMANDS = {
     "train": Command("train a network from a configuration, or continue its run", _train_parser, _train),
     "sample": Command("draw images from a checkpoint", _sample_parser, _sample),
-    "audit": Command("say how wrong the slope of a run is, and why: bias or noise", _audit_parser, _audit),
-    "export": Command("write trained weights as safetensors, with a model card", _export_parser, _export),
+    **cli_data.COMMANDS,
+    **cli_trained.COMMANDS,
     "doctor": Command("say what of this machine works, what is missing or broken, and why", _doctor_parser, _doctor),
 }
 

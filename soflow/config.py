@@ -48,7 +48,9 @@ def require(section: str, name: str, value: Any, valid: bool, expected: str) -> 
 class NetworkConfig:
     """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it in full."""
 
-    name: Annotated[str, "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, or DiT with the five shape fields below"]
+    name: Annotated[
+        str, "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, DiT with the five shape fields below, or UNet (of CIFAR-10)"
+    ]
     input_size: Annotated[int, "height and width of the images or latents the network sees"]
     in_channels: Annotated[int, "channels of the images or latents"]
     num_classes: Annotated[int, "number of classes; the null label is this number; 0 for unconditional"]
@@ -57,9 +59,17 @@ class NetworkConfig:
     depth: Annotated[int | None, "number of blocks (name DiT only)"] = None
     num_heads: Annotated[int | None, "number of attention heads (name DiT only)"] = None
     mlp_ratio: Annotated[float | None, "hidden width of the MLP over hidden_size (name DiT only)"] = None
+    model_channels: Annotated[int | None, "width that channel_mult multiplies (name UNet only; null 128)"] = None
+    channel_mult: Annotated[
+        tuple[int, ...] | None, "width per resolution over model_channels (name UNet only; null [2, 2, 2])"
+    ] = None
+    num_blocks: Annotated[int | None, "blocks per resolution (name UNet only; null 4)"] = None
+    attn_resolutions: Annotated[
+        tuple[int, ...] | None, "resolutions with self-attention (name UNet only; null [16])"
+    ] = None
+    dropout: Annotated[float | None, "share of activations dropped in training (name UNet only; null 0.3)"] = None
 
     def __post_init__(self) -> None:
-        require("network", "name", self.name, self.name != "UNet", "a DiT: the U-Net has no recipe yet")
         for name in ("input_size", "in_channels"):
             require("network", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         require("network", "num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
@@ -147,15 +157,35 @@ class DataConfig:
     """Where the training images come from."""
 
     source: Annotated[
-        Literal["digits", "latents"], "digits: scikit-learn's handwritten digits; latents: encoded images"
+        Literal["digits", "latents", "hdf5", "images", "cifar10"],
+        "digits: scikit-learn's handwritten digits; latents: encoded images; hdf5: the official file of latents; "
+        "images: a folder of images per class; cifar10: the published archive",
     ]
-    root: Annotated[str | None, "folder of the data set (latents only)"] = None
+    root: Annotated[str | None, "folder or file of the data set (all but digits)"] = None
+    image_size: Annotated[int | None, "side of the centre crop (images only)"] = None
+    augment_p: Annotated[float, "probability of each change of EDM's augmentation (UNet only); 0 is none"] = 0.0
+    feeder: Annotated[
+        Literal["auto", "resident", "plain", "dali"],
+        "resident: all data on the device; plain: a thread reads ahead; dali: and DALI copies ahead; "
+        "auto: resident where the data set is in memory, else plain",
+    ] = "auto"
+    prefetch: Annotated[int, "batches read ahead (plain, dali)"] = 3
 
     def __post_init__(self) -> None:
-        if self.source == "latents":
-            require("data", "root", self.root, self.root is not None, "a folder, because data.source is latents")
+        because = f"because data.source is {self.source}"
+        if self.source == "digits":
+            require("data", "root", self.root, self.root is None, f"nothing, {because}")
         else:
-            require("data", "root", self.root, self.root is None, f"nothing, because data.source is {self.source}")
+            require("data", "root", self.root, self.root is not None, f"a folder, {because}")
+        if self.source == "images":
+            valid = self.image_size is not None and self.image_size >= 1
+            require("data", "image_size", self.image_size, valid, f"an integer of at least 1, {because}")
+        else:
+            require("data", "image_size", self.image_size, self.image_size is None, f"nothing, {because}")
+        require("data", "augment_p", self.augment_p, 0 <= self.augment_p <= 1, "a number from 0 to 1")
+        if self.source in ("latents", "hdf5"):
+            require("data", "augment_p", self.augment_p, self.augment_p == 0, f"0, {because}: it changes images")
+        require("data", "prefetch", self.prefetch, self.prefetch >= 1, "an integer of at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +325,9 @@ class Config:
                 self.network.num_classes >= 1,
                 NULL_LABEL_NEEDS_CLASSES,
             )
+        if self.data.augment_p > 0:
+            expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
+            require("network", "name", self.network.name, self.network.name == "UNet", expected)
         self._require_what_the_objective_takes()
 
     def _require_what_the_objective_takes(self) -> None:

@@ -7,11 +7,9 @@ import torch
 from torch import Tensor
 
 from soflow.config import ObjectiveConfig, TimesConfig
-from soflow.kernels import reference
 from soflow.objective import Batch
+from soflow.streams import NULL_STREAM, TIME_STREAM
 from soflow.times import consistency_times, logit_normal, middle_time, ordered_times
-
-TIME_STREAM, NULL_STREAM = reference.FREE_STREAM, reference.FREE_STREAM + 1
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,13 @@ def sample_batch(
     times: TimesConfig,
     objective: ObjectiveConfig,
     ops: ModuleType,
+    augment_labels: Tensor | None = None,
 ) -> Batch:
     """Draw posterior, noise, times and null labels of the rows `positions` for (seed, step).
 
     mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
     positions: (B,) int64, place of each row in the global batch.  step: int64 scalar.  r: fp32 scalar, its gap ratio.
+    augment_labels: (B, A), or None.
     Objective meanflow orders the draws of t and s, and its velocity rows take that t, as the paper has it.
     """
     seeds = torch.full_like(positions, seed)
@@ -85,4 +85,6 @@ def sample_batch(
         labels=labels,
         null_mask=ops.uniform(seeds, step, NULL_STREAM, positions, 1)[:, 0] < objective.label_dropout,
         num_velocity=num_velocity,
+        augment_labels=augment_labels,
+        draw_keys=torch.stack((seeds, step.expand_as(positions), positions), dim=1),
     )

@@ -16,7 +16,8 @@ class FlowMatching(GuidedObjective):
             raise ValueError(f"num_velocity: got {batch.num_velocity} of {len(batch)} rows, expected all of them")
         x_t, v_t = self.point(flow, batch)
         v, nothing, mix = self.look_ahead(flow, batch, x_t, v_t)
-        F_t = flow.network(x_t, batch.t, end_times(batch), trained_labels(flow, batch), batch.augment_labels)
+        conditions = trained_labels(flow, batch), batch.augment_labels, batch.draw_keys
+        F_t = flow.network(x_t, batch.t, end_times(batch), *conditions)
         loss, statistics = self.ops.solution_loss(
             F_t, nothing, x_t, v, *velocity_terms(flow, mix), self.loss_p, self.loss_eps
         )

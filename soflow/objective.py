@@ -25,7 +25,7 @@ class Batch:
 
     x_0, x_1: (B, C, H, W), data and noise.  t, l, s: (B,), s <= l < t; l and s are unused in velocity rows.
     labels: (B,) int64, or None for unconditional.  null_mask: (B,) bool, rows that train the null label.
-    augment_labels: (B, A), or None.
+    augment_labels: (B, A), or None.  draw_keys: (B, 3) int64, see `Network`, or None.
     """
 
     x_0: Tensor
@@ -37,6 +37,7 @@ class Batch:
     null_mask: Tensor
     num_velocity: int
     augment_labels: Tensor | None = None
+    draw_keys: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x_0)
@@ -181,17 +182,17 @@ class Objective(GuidedObjective):
         s, labels = end_times(batch), trained_labels(flow, batch)
         if self.lookahead == "difference":
             dt = batch.l[nv:] - t[nv:]
-            return flow.network.forward_difference(x_t, dx, t, dt, s, labels, batch.augment_labels)
-        if flow.network.training and flow.network.dropout > 0:
+            return flow.network.forward_difference(x_t, dx, t, dt, s, labels, batch.augment_labels, batch.draw_keys)
+        if flow.network.training and flow.network.dropout > 0 and batch.draw_keys is None:
             raise ValueError(
-                f"lookahead: got 'two_pass' with dropout {flow.network.dropout}, expected 'difference': "
-                "two evaluations would draw two masks, where the slope needs the same"
+                f"lookahead: got 'two_pass' with dropout {flow.network.dropout} and no draw_keys, expected "
+                "'difference': two evaluations would draw two masks, where the slope needs the same"
             )
-        F_t = flow.network(x_t, t, s, labels, batch.augment_labels)
+        F_t = flow.network(x_t, t, s, labels, batch.augment_labels, batch.draw_keys)
         with torch.no_grad():
             if nv == len(batch):
                 return F_t, dx
-            conditions = (None if c is None else c[nv:] for c in (labels, batch.augment_labels))
+            conditions = (None if c is None else c[nv:] for c in (labels, batch.augment_labels, batch.draw_keys))
             return F_t, flow.network(x_t[nv:] + dx, batch.l[nv:], s[nv:], *conditions) - F_t[nv:]
 
 

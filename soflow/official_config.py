@@ -46,6 +46,7 @@ _CHOICES = {
 _TIME_KEYS = {"time_mean": "mean", "time_std": "std"}
 _TIME_ORDER = ("velocity", "s", "t")
 _NETWORKS = {
+    "UNet": "UNet",
     "DiT-B-4": "DiT-B/4",
     "DiT-B-2": "DiT-B/2",
     "DiT-M-2": "DiT-M/2",
@@ -54,25 +55,35 @@ _NETWORKS = {
 }
 _REFUSED = {
     "Triangular": "Triangular, named in the official comments, crashes there or silently runs as Trig",
-    "UNet": "this engine has no UNet yet",
-    "CIFAR10": "this engine does not read CIFAR-10 yet",
 }
 _SPECIAL = ("working_dir", "model_type", "dataset_type")
 _IGNORED = ("num_workers", "prefetch_factor", "eval_steps", "eval_batch_size", "eval_demo_shape")
 _NEEDED = (*_SPECIAL, *_KEYS, *_CHOICES, *_TIME_KEYS)
-# What the official code fixes and its YAML files do not say: SD-VAE latents of ImageNet, TF32, AdamW.
-_FIXED = {
-    "data.source": "latents",
-    "network.in_channels": 4,
-    "network.num_classes": 1000,
-    "optim.name": "adamw",
-    "engine.precision": "tf32",
+# What the official code fixes and its YAML files do not say.
+_FIXED: dict[str, dict[str, Any]] = {
+    "Imagenet": {
+        "data.source": "latents",
+        "network.in_channels": 4,
+        "network.num_classes": 1000,
+        "optim.name": "adamw",
+        "engine.precision": "tf32",
+    },
+    "CIFAR10": {
+        "data.source": "cifar10",
+        "data.augment_p": 0.12,
+        "network.in_channels": 3,
+        "network.num_classes": 0,
+        "optim.name": "radam",
+        "ema.every": 16,
+        "ema.dtype": "float64",
+        "engine.precision": "tf32",
+    },
 }
 
 
 def is_official(raw: Mapping[Any, Any]) -> bool:
     """Whether `raw` is a flat file in the official keys: none of our sections, and a key only the official code has."""
-    sections = {name.partition(".")[0] for name in (*_KEYS.values(), *_FIXED) if "." in name}
+    sections = {name.partition(".")[0] for name in (*_KEYS.values(), *_FIXED["Imagenet"]) if "." in name}
     return not sections & raw.keys() and bool(({*_NEEDED, *_IGNORED} - {"seed"}) & raw.keys())
 
 
@@ -90,7 +101,8 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
         if key not in raw:
             raise ValueError(f"{key}: missing, expected as in every official configuration")
     config: dict[Any, Any] = {}
-    for name, value in _FIXED.items():
+    dataset = _choose("dataset_type", raw["dataset_type"], {name: name for name in _FIXED})
+    for name, value in _FIXED[dataset].items():
         _put(config, name, value)
     for key, name in _KEYS.items():
         _put(config, name, raw[key])
@@ -102,7 +114,6 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
         require("", key, values, valid, f"a list of 3 numbers in the order {', '.join(_TIME_ORDER)}")
         for row, value in zip(_TIME_ORDER, values, strict=True):
             _put(config, f"times.{row}_{moment}", value)
-    _choose("dataset_type", raw["dataset_type"], {"Imagenet": "latents"})
     _put(config, "network.name", _choose("model_type", raw["model_type"], _NETWORKS))
     working_dir = PurePath(str(raw["working_dir"]))
     _put(config, "name", working_dir.name)

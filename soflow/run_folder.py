@@ -24,8 +24,10 @@ from soflow.kernels import reference
 from soflow.models import build_network
 
 # Settings that change what a run writes, or where it computes, but not what: they may differ when it is continued.
+# The data set is known by its fingerprint, wherever it lies and however it is read.
 FREE_FIELDS = {
     "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
+    "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
     "engine": ("cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }

@@ -81,9 +81,11 @@ class TrainingStep:
         if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
             self._train = CapturedCall(self._train_on, optimizer.prepare)
 
-    def __call__(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int) -> None:
-        """Make the 0-based `step` on this process's samples, those at `positions`, as `Source.read` gives them."""
-        rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels))
+    def __call__(
+        self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
+    ) -> None:
+        """Make the 0-based `step` on this process's samples, those at `positions`, as a feeder gives them."""
+        rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels, augment_labels))
         self._train(*rows, *self.clock(step))
         self.num_summed += 1
 
@@ -92,10 +94,18 @@ class TrainingStep:
         r = gap_ratio_at(self.config, step)
         return torch.full((), step, device=self.device), torch.full((), r, dtype=torch.float32, device=self.device)
 
-    def _train_on(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: Tensor, r: Tensor) -> None:
+    def _train_on(
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        labels: Tensor,
+        augment_labels: Tensor | None,
+        step: Tensor,
+        r: Tensor,
+    ) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64, device=self.device)
-        for index, batch in enumerate(self.draw(mean, std, labels, step, r)):
+        for index, batch in enumerate(self.draw(mean, std, labels, step, r, augment_labels)):
             # the last part alone sends gradients to the other processes
             together = index == len(self.parts) - 1 or not isinstance(self.module, DistributedDataParallel)
             with nullcontext() if together else self.module.no_sync():  # type: ignore[operator]
@@ -119,7 +129,15 @@ class TrainingStep:
             self._copied.record()
         return self._most_bad_seen
 
-    def draw(self, mean: Tensor, std: Tensor | None, labels: Tensor, step: Tensor, r: Tensor) -> Iterator[Batch]:
+    def draw(
+        self,
+        mean: Tensor,
+        std: Tensor | None,
+        labels: Tensor,
+        step: Tensor,
+        r: Tensor,
+        augment_labels: Tensor | None = None,
+    ) -> Iterator[Batch]:
         """Yield the parts of the batch of the step whose `clock` is given, with its noise and times."""
         config, first = self.config, 0
         for part in self.parts:
@@ -137,6 +155,7 @@ class TrainingStep:
                 times=config.times,
                 objective=config.objective,
                 ops=self.ops,
+                augment_labels=None if augment_labels is None else augment_labels[rows],
             )
 
     def flops(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from soflow import checkpoint
 from soflow.assembly import assemble
 from soflow.config import Config, EngineConfig, TrainConfig
-from soflow.data import Source, batch_indices, open_source
+from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
@@ -63,6 +63,8 @@ class Trainer:
             total = torch.cuda.get_device_properties(processes.device).total_memory
             require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
         self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
+        order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.positions)
+        self.feeder = open_feeder(config.data, self.source, order, processes.device)
         self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
 
         self.monitor = Monitor()
@@ -104,6 +106,7 @@ class Trainer:
         self.meter.restart()
         stopping = False
         with (
+            closing(self.feeder),
             closing(RunLog(self.folder.path, train.total_steps, self.finished) if first else NullLog()) as log,
             checkpoint.Writer(
                 self.folder.checkpoints, train.keep_last, train.keep_every, lambda path: log.info(f"saved {path}")
@@ -141,6 +144,7 @@ class Trainer:
         if unsaved:
             self._on_first(writer.wait)
         if diverging:
+            self._require_finite_data()
             raise DivergedError(
                 f"step {self.finished}: {self._bad_steps_allowed} step(s) in a row had no finite gradient; {ADVICE}"
             )
@@ -155,17 +159,21 @@ class Trainer:
         return 1 if optim.nonfinite == "stop" else optim.max_bad_steps
 
     def _train_step(self) -> None:
-        config = self.config
-        indices = batch_indices(len(self.source), config.train.batch_size, config.seed, self.finished)
+        self.feeder.seek(self.finished)
         with self.meter.waiting():
-            samples = self.source.read(indices[list(self.step.positions)])
-        self.step(*samples, self.finished)
+            rows = next(self.feeder)
+        self.step(rows.mean, rows.std, rows.labels, rows.step, rows.augment_labels)
         self.finished += 1
 
     # --------------------------------------------------------------------------------------------
     # What happens between steps.
 
+    def _require_finite_data(self) -> None:
+        if self.processes.sum(self.feeder.nonfinite.float()).item():
+            raise self.feeder.fault()
+
     def _interval_means(self) -> dict[str, float]:
+        self._require_finite_data()
         *totals, skipped = self.processes.sum(self.step.sums).tolist()
         done = self.step.num_summed - skipped
         means = {name: total / done if done else math.nan for name, total in zip(SUMMED[:-1], totals, strict=True)}
@@ -241,6 +249,7 @@ class Trainer:
     def _save(self, writer: checkpoint.Writer) -> None:
         """Copy the state to host memory of the first process, whose thread writes it while the training goes on."""
         self._on_first(writer.wait)
+        self._require_finite_data()
         sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
             raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")

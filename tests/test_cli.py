@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import tiny_vae
 import torch
 from PIL import Image
 
 from soflow import checkpoint, trainer
 from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
+from soflow.images import to_uint8
 from soflow.kernels import reference
 from soflow.run_folder import build_flow, checkpoint_meta, load_flow
 from soflow.sampling import sample, sample_noise
@@ -68,7 +70,7 @@ def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
     commands = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert commands == ["train", "sample", "audit", "export", "doctor"]
+    assert commands == ["train", "sample", "encode", "convert", "inspect", "audit", "export", "doctor"]
 
 
 def test_help_of_train_lists_every_field_with_type_default_and_help(capsys):
@@ -93,7 +95,14 @@ def test_wrong_usage(capsys, argv):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["train", "--help"], ["sample", "--help"], ["audit", "--help"], ["train", "{}", "--print-config"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["sample", "--help"],
+        ["encode", "--help"],
+        ["audit", "--help"],
+        ["train", "{}", "--print-config"],
+    ],
 )
 def test_torch_is_not_imported_where_it_is_not_needed(recipe, argv):
     code = "import sys; sys.modules['torch'] = None; from soflow.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -360,10 +369,28 @@ def test_colour_images(tmp_path):
     assert not np.array_equal(images[..., 0], images[..., 1])
 
 
-def test_latents_are_refused(tmp_path, capsys):
+def test_latents_become_images_by_the_vae(tmp_path):
+    """One seed at a time or all at once: the images are the decoded samples, to the last bit of rounding."""
+    folder, vae = unconditional(tmp_path, channels=4), tiny_vae.save(tmp_path)
+    argv = ["sample", str(folder), "--seeds", "0-9", "--npz", str(tmp_path / "a.npz"), "--vae", str(vae)]
+    assert main(argv) == 0
+    images = drawn(tmp_path / "a.npz")
+    assert images.shape == (10, 8, 8, 3)
+    flow, _ = load_flow(folder)
+    noise, _ = sample_noise(torch.arange(10), (4, 4, 4))
+    with torch.no_grad():
+        latents = sample(flow, None, (10, 4, 4, 4), noise=noise)
+        expected = to_uint8(tiny_vae.network().eval().decode(latents / 0.18215).sample)
+    assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_latents_without_their_vae_are_refused(tmp_path, capsys):
     folder = unconditional(tmp_path, channels=4)
-    message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz")
-    assert "draws 4 channels, expected 1 or 3: these are latents" in message
+    message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", "--vae", tmp_path)
+    assert "expected a folder with config.json" in message
+    vae = tiny_vae.save(tmp_path / "other", latent_channels=8)
+    message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", "--vae", vae)
+    assert "--vae: got vae with latents of 8 channels, expected 4" in message
     assert not (tmp_path / "a.npz").exists()
 
 

@@ -67,7 +67,6 @@ def test_sections_are_frozen(section):
 @pytest.mark.parametrize(
     ("section", "field", "value"),
     [
-        (NetworkConfig, "network.name", "UNet"),
         (NetworkConfig, "network.input_size", 0),
         (NetworkConfig, "network.in_channels", 0),
         (NetworkConfig, "network.num_classes", -1),
@@ -161,6 +160,29 @@ def test_root_belongs_to_latents_only():
         DataConfig(source="latents")
     with pytest.raises(ValueError, match=r"^data.root: got 'x', expected nothing"):
         DataConfig(source="digits", root="x")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"source": "images", "root": "x"}, r"^data.image_size: got None, expected an integer of at least 1, because"),
+        ({"source": "images", "root": "x", "image_size": 0}, r"^data.image_size: got 0"),
+        ({"source": "cifar10", "root": "x", "image_size": 32}, r"^data.image_size: got 32, expected nothing"),
+        ({"source": "latents", "root": "x", "augment_p": 0.1}, r"^data.augment_p: got 0.1, expected 0, because"),
+        ({"source": "digits", "augment_p": 1.1}, r"^data.augment_p: got 1.1, expected a number from 0 to 1"),
+        ({"source": "digits", "prefetch": 0}, r"^data.prefetch: got 0"),
+    ],
+)
+def test_data_fields_that_do_not_fit_their_source_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**fields)
+
+
+def test_augmentation_needs_the_network_that_is_told():
+    with pytest.raises(
+        ValueError, match=r"^network.name: got 'DiT.*', expected UNet, because data.augment_p is above 0"
+    ):
+        config(data=DataConfig(source="digits", augment_p=0.1))
 
 
 MEANFLOW, FLOW_MATCHING = ObjectiveConfig(name="meanflow"), ObjectiveConfig(name="flow_matching", fm_ratio=1.0)

@@ -360,6 +360,45 @@ def test_imagenet_recipes_equal_the_official_configuration(name, network, patch)
     ]
 
 
+def test_cifar10_recipe_equals_the_official_configuration():
+    changes = {
+        "model_type": "UNet",
+        "dataset_type": "CIFAR10",
+        "dataset_path": "./CIFAR10",
+        "velocity_loss_ratio": "0.0",
+        "p": "0.75",
+        "eps": "0.001",
+        "time_mean": "[-0.9, -4.0, -0.9]",
+        "time_std": "[1.6, 1.6, 1.6]",
+        "cfg_scale": "1.0",
+        "mix_ratio": "1.0",
+        "cfg_drop_rate": "0.0",
+        "cfg_decay_time": "1.0",
+        "l_init_ratio": "1.0",
+        "l_end_ratio": "0.0003125",
+        "total_steps": "800000",
+        "betas": "[0.9, 0.999]",
+        "batch_size": "1024",
+        "eval_NFE": "1",
+    }
+    lines = [line.partition(": ") for line in OFFICIAL.strip().splitlines()]
+    text = "\n".join(f"{key}: {changes.get(key, value)}" for key, _, value in lines)
+    official = parse_config(text, "official.yaml", notice=lambda text: None)
+    recipe = load_config(next(path for path in CONFIGS if path.stem == "cifar10"), [])
+    assert [line.partition(":")[0] for line in compare_configs(recipe, official)] == [
+        "name",
+        "output_dir",
+        "network.dropout",  # its default, which the recipe states
+        "data.root",
+    ]
+    assert (recipe.ema.every, recipe.ema.dtype, recipe.optim.name, recipe.data.augment_p) == (
+        16,
+        "float64",
+        "radam",
+        0.12,
+    )
+
+
 def test_official_keys_are_translated():
     notices: list[str] = []
     config = parse_config(OFFICIAL, "official.yaml", ["train.batch_size=32"], notices.append)
@@ -418,9 +457,13 @@ def test_official_choices(key, values):
             "coefficient_type: Triangular",
             "coefficient_type: got 'Triangular', expected one of",
         ),
-        ("model_type: DiT-XL-2", "model_type: UNet", "model_type: got 'UNet', expected one of DiT-B-4, "),
-        ("model_type: DiT-XL-2", "model_type: [UNet]", "model_type: got ['UNet'], expected one of DiT-B-4, "),
-        ("dataset_type: Imagenet", "dataset_type: CIFAR10", "dataset_type: got 'CIFAR10', expected one of Imagenet"),
+        ("model_type: DiT-XL-2", "model_type: Unet", "model_type: got 'Unet', expected one of UNet, DiT-B-4, "),
+        ("model_type: DiT-XL-2", "model_type: [UNet]", "model_type: got ['UNet'], expected one of UNet, DiT-B-4, "),
+        (
+            "dataset_type: Imagenet",
+            "dataset_type: CIFAR",
+            "dataset_type: got 'CIFAR', expected one of Imagenet, CIFAR10",
+        ),
         ("[-0.2, -1.0, 0.2]", "[-0.2, -1.0]", "time_mean: got [-0.2, -1.0], expected a list of 3 numbers"),
         ("[-0.2, -1.0, 0.2]", "0.2", "time_mean: got 0.2, expected a list of 3 numbers"),
         ("seed: 42", "", "seed: missing"),

@@ -1,4 +1,3 @@
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -6,9 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from latent_folders import rewrite_manifest, write_latents, write_npy
 
 from soflow.config import DataConfig
 from soflow.data import (
+    LATENT_SCALE,
     ArraySource,
     DataError,
     DigitsSource,
@@ -18,9 +19,6 @@ from soflow.data import (
     open_source,
     splitmix64,
 )
-
-SHAPE = (8, 4, 4)
-COUNTS = (5, 7, 4)
 
 
 def test_splitmix64_gives_the_published_sequence() -> None:
@@ -107,7 +105,7 @@ def test_array_source_fingerprint_changes_with_every_part_of_the_contents() -> N
     ("images", "labels", "num_classes", "message"),
     [
         (torch.zeros(3, 4, 4), torch.zeros(3, dtype=torch.int64), None, r"images: got \(3, 4, 4\)"),
-        (torch.zeros(3, 1, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), None, r"images: .*uint8"),
+        (torch.zeros(3, 1, 4, 4, dtype=torch.int16), torch.zeros(3, dtype=torch.int64), None, r"images: .*int16"),
         (torch.zeros(0, 1, 4, 4), torch.zeros(0, dtype=torch.int64), None, r"images: got \(0, 1, 4, 4\)"),
         (torch.full((3, 1, 2, 2), torch.nan), torch.zeros(3, dtype=torch.int64), None, "images: 3 hold NaN"),
         (
@@ -126,6 +124,14 @@ def test_array_source_refuses_what_it_cannot_serve(
 ) -> None:
     with pytest.raises(DataError, match=message):
         ArraySource(images, labels, num_classes)
+
+
+def test_array_source_reads_uint8_as_pixels():
+    images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
+    source = ArraySource(images, [0, 1, 2])
+    mean, _, _ = source.read(np.array([2, 1, 0]))
+    torch.testing.assert_close(mean.flatten(), torch.tensor([1.0, -0.6, -1.0]))
+    assert source.stored_dtype == torch.uint8
 
 
 def test_digits_are_the_real_images_split_once() -> None:
@@ -147,40 +153,6 @@ def test_digits_are_the_real_images_split_once() -> None:
 def test_digits_split_is_the_same_on_every_machine() -> None:
     assert DigitsSource("train").fingerprint == "64dd3d72a908cbbd"
     assert DigitsSource("held_out").fingerprint == "294e2549df13aa55"
-
-
-def write_npy(path: Path, array: np.ndarray) -> dict[str, Any]:
-    np.save(path, array)
-    contents = path.read_bytes()
-    return {"count": len(array), "bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
-
-
-def write_latents(root: Path, stored: str = "float16", counts: tuple[int, ...] = COUNTS, **changes: Any) -> np.ndarray:
-    """Write a folder of latents, with keys of the manifest changed, and return the latents."""
-    root.mkdir(exist_ok=True)
-    n = sum(counts)
-    latents = np.random.default_rng(0).standard_normal((n, *SHAPE)).astype(stored)
-    ends = np.cumsum(counts)
-    manifest = {
-        "version": 1,
-        "n": n,
-        "num_classes": 3,
-        "shape": SHAPE,
-        "dtype": stored,
-        "vae": "sd-vae-ft-mse",
-        "labels": write_npy(root / "labels.npy", np.arange(n, dtype=np.int32) % 3),
-        "shards": [
-            write_npy(root / f"latents-{k:05d}.npy", latents[end - count : end])
-            for k, (count, end) in enumerate(zip(counts, ends, strict=True))
-        ],
-    }
-    (root / "manifest.json").write_text(json.dumps(manifest | changes))
-    return latents
-
-
-def rewrite_manifest(root: Path, **changes: Any) -> None:
-    path = root / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -330,3 +302,22 @@ def test_shard_truncated_while_training_is_noticed_at_the_next_epoch(tmp_path: P
         file.truncate(200)
     with pytest.raises(DataError, match=r"latents-00002.npy: got 200 bytes"):
         source.read(np.arange(8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_found_by_verify(tmp_path: Path, value: float) -> None:
+    latents = write_latents(tmp_path)
+    latents[7, 3, 1, 2] = value
+    entries = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    entries[1] = write_npy(tmp_path / "latents-00001.npy", latents[5:12])
+    rewrite_manifest(tmp_path, shards=entries)
+    with pytest.raises(DataError, match=r"latents-00001.npy: row 2 holds NaN or infinity"):
+        LatentSource(tmp_path).verify()
+
+
+def test_float16_store_is_within_its_error() -> None:
+    """Latents as the recipes scale them have a variance near one: the root mean square error stays below 2.5e-4."""
+    exact = np.random.default_rng(0).standard_normal(200_000) / LATENT_SCALE
+    stored = exact.astype(np.float16).astype(np.float64)
+    error = LATENT_SCALE * (stored - exact)
+    assert np.sqrt(np.mean(error**2)) <= 2.5e-4

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 
 # The layer of each module of soflow; a package stands for all its modules, "" is soflow/__init__.py.
 LAYERS = {
-    1: {"kernels", "config", "paths", "times"},
+    1: {"kernels", "config", "paths", "streams", "times"},
     2: {
+        "augment",
         "capture",
         "draw",
         "flow",
@@ -57,7 +58,7 @@ LAYERS = {
         "vae",
     },
     4: {"assembly", "audit", "audit_report", "memory", "run_folder", "step", "trainer"},
-    5: {"cli"},
+    5: {"arguments", "cli", "cli_data", "cli_trained"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
 OUTSIDE = {"bench", "tests", "train"}
@@ -178,7 +179,8 @@ def test_only_layer_4_chooses_kernels(module: str):
 
 def test_third_party_imports_are_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = project["dependencies"] + project["optional-dependencies"]["gpu"]
+    extras = project["optional-dependencies"]
+    requirements = project["dependencies"] + extras["gpu"] + extras["latents"]
     declared = {re.match(r"[A-Za-z0-9._-]+", requirement)[0] for requirement in requirements}
     used = set().union(*map(third_party, IMPORTS.values())) - OF_KERNELS
     assert {DISTRIBUTIONS.get(name, name) for name in used} <= declared

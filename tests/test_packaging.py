@@ -25,7 +25,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-LOCKS = {"runtime": (), "gpu": ("gpu",), "dev": ("dev",)}  # the extras of each
+LOCKS = {"runtime": (), "gpu": ("gpu", "latents"), "dev": ("dev",)}  # the extras of each
 BUILD_SDIST = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -5,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import latent_folders
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +14,7 @@ import torch
 
 from soflow import checkpoint
 from soflow.config import Config
+from soflow.data import DataError
 from soflow.distributed import Processes
 from soflow.run_folder import RunError, load_flow
 from soflow.times import at_least_gap
@@ -385,3 +388,126 @@ def test_other_objectives_train_resume_and_sample(tmp_path, name):
     assert len(list(whole.folder.samples.glob("*.png"))) == 2
     flow, step = load_flow(whole.folder.path)
     assert (flow.sampler, step) == (config.flow.sampler, 8)
+
+
+UNET = (
+    "network={name: UNet, input_size: 8, in_channels: 1, num_classes: 0, model_channels: 8, channel_mult: [1, 1], "
+    "num_blocks: 1, attn_resolutions: [4], dropout: 0.3}",
+    "objective={fm_ratio: 0.0, loss_p: 0.75, loss_eps: 0.001}",
+    "times={gap_init: 1.0, gap_end: 0.0003125}",
+    "data.augment_p=0.5",
+    "optim={name: radam, lr: 1e-3, betas: [0.9, 0.999]}",
+    "ema={decay: 0.9, every: 3, dtype: float64}",
+)
+
+
+def test_unet_recipe_resumes_to_the_bit(tmp_path):
+    """Dropout and augmentation too are drawn from seed, step and position alone."""
+    whole = train(tiny.config(tmp_path / "whole", *UNET))
+    torch.manual_seed(1)  # whatever was drawn before
+    config = tiny.config(tmp_path / "parts", *UNET)
+    train(config, until=3)
+    torch.manual_seed(2)
+    resumed = Trainer(config, ALONE)
+    resumed.fit()
+    assert_same_state(resumed, whole)
+
+
+def test_dropout_does_not_depend_on_how_a_batch_is_split(tmp_path):
+    trainer = Trainer(tiny.config(tmp_path, *UNET), ALONE)
+    network = trainer.flow.network.train()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    rows = next(trainer.feeder)
+    (batch,) = trainer.step.draw(rows.mean, rows.std, rows.labels, *trainer.step.clock(0), rows.augment_labels)
+    arguments = (batch.x_0, batch.t, batch.s, None, batch.augment_labels, batch.draw_keys)
+    whole = network(*arguments)
+    cut = [[None if a is None else a[part] for a in arguments] for part in (slice(0, 5), slice(5, None))]
+    torch.testing.assert_close(torch.cat([network(*part) for part in cut]), whole, rtol=1e-5, atol=1e-5)
+    (later,) = trainer.step.draw(rows.mean, rows.std, rows.labels, *trainer.step.clock(1), rows.augment_labels)
+    assert not torch.allclose(network(*arguments[:-1], later.draw_keys), whole, atol=1e-3)
+
+
+def test_two_evaluations_with_dropout_share_their_masks(tmp_path):
+    """The slope by difference propagation is that of two evaluations, because the keys of the draws are the same."""
+    slopes = []
+    for lookahead in ("difference", "two_pass"):
+        trainer = Trainer(tiny.config(tmp_path / lookahead, *UNET, f"objective.lookahead={lookahead}"), ALONE)
+        rows = next(trainer.feeder)
+        (batch,) = trainer.step.draw(rows.mean, rows.std, rows.labels, *trainer.step.clock(0), rows.augment_labels)
+        network = trainer.flow.network.double()
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        double = {name: getattr(batch, name).double() for name in ("x_0", "x_1", "t", "l", "s", "augment_labels")}
+        slopes.append(trainer.step.objective.slope(trainer.flow, dataclasses.replace(batch, **double)))
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5, atol=1e-6)
+
+
+def latents_config(tmp_path, root, *overrides):
+    network = (
+        "network={name: DiT, input_size: 4, in_channels: 4, num_classes: 3, patch_size: 2, hidden_size: 16, depth: 1"
+    )
+    return tiny.config(
+        tmp_path,
+        network + ", num_heads: 2}",
+        f"data={{source: latents, root: {root}}}",
+        "train.total_steps=6",
+        *overrides,
+    )
+
+
+def test_latents_train_and_any_feeder_resumes_them_from_anywhere(tmp_path):
+    latent_folders.write_latents(tmp_path / "latents")
+    whole = train(latents_config(tmp_path / "whole", tmp_path / "latents"))
+    train(latents_config(tmp_path / "parts", tmp_path / "latents"), until=4)
+    (tmp_path / "latents").rename(tmp_path / "moved")
+    resumed = Trainer(latents_config(tmp_path / "parts", tmp_path / "moved", "data.feeder=resident"), ALONE)
+    assert resumed.finished == 4
+    resumed.fit()
+    assert_same_state(resumed, whole)
+
+
+def test_state_of_another_data_set_is_refused(tmp_path):
+    latent_folders.write_latents(tmp_path / "first")
+    latent_folders.write_latents(tmp_path / "second", counts=(16,))
+    train(latents_config(tmp_path / "runs", tmp_path / "first"), until=2)
+    with pytest.raises(RunError, match=r"got a checkpoint of the data set [0-9a-f]{16}, expected [0-9a-f]{16}"):
+        Trainer(latents_config(tmp_path / "runs", tmp_path / "second"), ALONE)
+
+
+def test_latents_that_are_not_finite_stop_the_run_with_their_numbers(tmp_path):
+    latents = latent_folders.write_latents(tmp_path / "latents", counts=(16,))
+    latents[5, 0, 1, 1] = np.nan
+    entry = latent_folders.write_npy(tmp_path / "latents" / "latents-00000.npy", latents)
+    latent_folders.rewrite_manifest(tmp_path / "latents", shards=[entry])
+    trainer = Trainer(latents_config(tmp_path / "runs", tmp_path / "latents"), ALONE)
+    with pytest.raises(DataError, match=r"samples 5 hold NaN or infinity \(steps 0 to 2\)"):
+        trainer.fit()
+    assert not list(trainer.folder.checkpoints.glob("step-*"))
+
+
+def test_a_killed_trainer_leaves_no_process(tmp_path):
+    """A feeder has a thread, never a process: nothing is left of the whole group."""
+    latent_folders.write_latents(tmp_path / "latents")
+    child = os.fork()
+    if child == 0:
+        os.setpgid(0, 0)
+        trainer = Trainer(
+            latents_config(tmp_path / "runs", tmp_path / "latents", "train.total_steps=100000", "data.feeder=plain"),
+            ALONE,
+        )
+        trainer.fit()
+        os._exit(0)
+    metrics_file = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    try:
+        while not metrics_file.exists() or not metrics_file.read_text():
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        assert Path(f"/proc/{child}/task/{child}/children").read_text() == ""
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(child, 0)

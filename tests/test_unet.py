@@ -337,7 +337,7 @@ def test_ops_are_an_argument():
     x, dx, t, s, augment_labels = inputs(2, dtype=torch.float32)
     UNet(**SHAPE, ops=ops).forward_difference(x, dx, t, s - t, s, None, augment_labels)
     used = {"attention", "conv", "group_norm", "linear", "silu", "time_features"}
-    assert set(ops.calls) == used | {f"{name}_difference" for name in used} | {"downsample", "upsample"}
+    assert set(ops.calls) == used | {f"{name}_difference" for name in used} | {"downsample", "upsample", "uniform"}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -202,7 +202,13 @@ class DiT(Network):
         return self.blocks
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> Tensor:
         """Return F(x, t, s, labels), (B, C, H, W); labels None is the null label for every row."""
         _refuse_augment_labels(augment_labels)
@@ -217,6 +223,7 @@ class DiT(Network):
         s: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return F_t = F(x, t, s) of all rows, and dF = F(x + dx, t + dt, s) - F(x, t, s) of the last len(dx) rows.
 

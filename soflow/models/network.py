@@ -16,6 +16,7 @@ class Network(nn.Module, abc.ABC):
 
     x: (B, in_channels, input_size, input_size).  t, s: (B,).  labels: (B,) int64, num_classes being the null label,
     or None for the null label in every row.  augment_labels: (B, A), or None.
+    draw_keys: (B, 3) int64, seed, step and place in the global batch of each row, which a dropout mask is drawn from.
     """
 
     input_size: int
@@ -36,7 +37,13 @@ class Network(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> Tensor:
         """Return F(x, t, s, labels), of the shape of x."""
 
@@ -54,6 +61,7 @@ class Network(nn.Module, abc.ABC):
         s: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return F_t = F(x, t, s) of all rows, and dF = F(x + dx, t + dt, s) - F(x, t, s) of the last len(dx) rows.
 

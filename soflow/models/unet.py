@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from soflow.kernels import reference
+from soflow.models.dropout import Dropout, fresh_draw_keys
 from soflow.models.network import Network
 from soflow.models.pair import Pair, PairOps
 
@@ -86,7 +86,6 @@ class Block(nn.Module):
         in_channels: int,
         out_channels: int,
         embedding_size: int,
-        dropout: float,
         attention: bool = False,
         resampling: Resampling = "keep",
         taps: Sequence[float] = (),
@@ -94,7 +93,6 @@ class Block(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.dropout = dropout
         self.norm0 = GroupNorm(in_channels)
         self.conv0 = Conv(in_channels, out_channels, 3, resampling, taps)
         self.affine = _linear(embedding_size, out_channels)
@@ -107,13 +105,13 @@ class Block(nn.Module):
             self.qkv = Conv(out_channels, 3 * out_channels, 1, gain=QKV_GAIN)
             self.proj = Conv(out_channels, out_channels, 1, gain=LAST_GAIN)
 
-    def forward(self, ops: PairOps, x: Pair, embedding: Pair) -> Pair:
+    def forward(self, ops: PairOps, x: Pair, embedding: Pair, dropout: Dropout | None) -> Pair:
         h = self.conv0(ops, ops.silu(self.norm0(ops, x)))
         h = h + ops.linear(embedding, self.affine).map(lambda c: c[:, :, None, None])
         h = ops.silu(self.norm1(ops, h))
-        if self.training and self.dropout > 0:
+        if dropout is not None:
             # One mask for both members of the pair: the difference is that of one thinned network.
-            h = h.times(functional.dropout(torch.ones_like(h.x), self.dropout))
+            h = h.times(dropout.mask(h.x))
         z = _sum(self.conv1(ops, h), x if self.skip is None else self.skip(ops, x))
         return z if self.norm2 is None else _sum(self._attend(ops, self.norm2(ops, z)), z)
 
@@ -133,8 +131,8 @@ class UNet(Network):
     channel_mult: widths over model_channels, one per resolution R, R / 2, R / 4, ...
     attn_resolutions: where every encoder block and the last decoder block have self-attention, as the first block of
     the decoder always has.
-    dropout: rate in training mode. Its masks are drawn from torch's global generator: the one place where randomness
-    hides; seed it per step to repeat a run.
+    dropout: rate in training mode. Its masks depend on draw_keys alone; where these are None, they come from
+    torch's global generator.
     ops: `soflow.kernels` or `soflow.kernels.reference` (the default).
     Starts as DDPM++: Xavier uniform, biases zero, with LAST_GAIN and QKV_GAIN where these say so.
     Raises ValueError for a shape that does not fit together.
@@ -192,7 +190,7 @@ class UNet(Network):
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
 
-        block = partial(Block, embedding_size=embedding_size, dropout=dropout, taps=resample_filter)
+        block = partial(Block, embedding_size=embedding_size, taps=resample_filter)
         levels = [
             (_size(r), r in attn_resolutions, model_channels * m)
             for r, m in zip(resolutions, channel_mult, strict=True)
@@ -231,11 +229,17 @@ class UNet(Network):
         return [module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, Block)]
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> Tensor:
         """Return F(x, t, s), (B, out_channels, R, R); augment_labels None is no augmentation, labels must be None."""
         self._check_inputs(x, labels, augment_labels)
-        return self._run(Pair(x), Pair(t), Pair(t - s), augment_labels).x
+        return self._run(Pair(x), Pair(t), Pair(t - s), augment_labels, draw_keys).x
 
     def forward_flops(self) -> int:
         """Return the operations of `forward` on one row: products and convolutions, a product-sum being two."""
@@ -267,6 +271,7 @@ class UNet(Network):
         s: Tensor,
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        draw_keys: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return F_t = F(x, t, s) of all rows, and dF = F(x + dx, t + dt, s) - F(x, t, s) of the last len(dx) rows.
 
@@ -275,14 +280,18 @@ class UNet(Network):
         """
         self._check_inputs(x, labels, augment_labels)
         if len(dx) == 0:
-            F_t = self._run(Pair(x), Pair(t), Pair(t - s), augment_labels).x
+            F_t = self._run(Pair(x), Pair(t), Pair(t - s), augment_labels, draw_keys).x
             return F_t, F_t.detach()[:0]
-        out = self._run(Pair(x, dx), Pair(t, dt), Pair(t - s, dt), augment_labels)
+        out = self._run(Pair(x, dx), Pair(t, dt), Pair(t - s, dt), augment_labels, draw_keys)
         assert out.d is not None
         return out.x, out.d
 
-    def _run(self, x: Pair, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None) -> Pair:
+    def _run(self, x: Pair, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None, draw_keys: Tensor | None) -> Pair:
         ops = self.ops
+        dropout = None
+        if self.training and self.dropout > 0:
+            keys = fresh_draw_keys(len(x.x), x.x.device) if draw_keys is None else draw_keys
+            dropout = Dropout(ops.ops, self.dropout, keys)
         embedding = self._embed(t, t_minus_s, augment_labels)
         first, *encoder = self.enc.values()
         *decoder, norm, last = self.dec.values()
@@ -290,12 +299,12 @@ class UNet(Network):
         x = first(ops, x)
         skips = [x]
         for block in encoder:
-            x = block(ops, x, embedding)
+            x = block(ops, x, embedding, dropout)
             skips.append(x)
         for block in decoder:
             if block.in_channels != x.x.shape[1]:
                 x = x.join(skips.pop())
-            x = block(ops, x, embedding)
+            x = block(ops, x, embedding, dropout)
         return last(ops, ops.silu(norm(ops, x)))
 
     def _embed(self, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None) -> Pair:

@@ -1,0 +1,77 @@
+"""Image files into pixels: by NVIDIA DALI, on the GPU where there is one, or by Pillow.
+
+On a CPU both give the same bits. Neither turns an image as its EXIF orientation says, as the official recipe does not.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from soflow.data.feeder import has_dali
+from soflow.data.image_folder import DECODE_ERRORS, decode_image
+from soflow.data.source import DataError
+
+Decoder = Callable[[Sequence[bytes]], "list[Tensor | str]"]
+"""Files to pixels, (H, W, 3) uint8 on the decoder's device, or to why there are none."""
+
+
+def open_decoder(name: Literal["auto", "dali", "pillow"], device: torch.device, threads: int) -> Decoder:
+    """Return the decoder called so; auto is dali on a GPU where it is installed, else pillow."""
+    if name == "auto":
+        name = "dali" if device.type == "cuda" and has_dali() else "pillow"
+    if name == "dali":
+        if not has_dali():
+            raise DataError("decoder: got 'dali', expected 'auto' or 'pillow', because DALI is not installed")
+        return _dali_decoder(device)
+    return _pillow_decoder(device, threads)
+
+
+def _pillow_decoder(device: torch.device, threads: int) -> Decoder:
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def decode_one(content: bytes) -> Tensor | str:
+        try:
+            return torch.from_numpy(decode_image(content).copy())
+        except DECODE_ERRORS as error:
+            return _reason(error)
+
+    def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
+        return [out if isinstance(out, str) else out.to(device) for out in pool.map(decode_one, contents)]
+
+    return decode
+
+
+def _dali_decoder(device: torch.device) -> Decoder:
+    import nvidia.dali.experimental.dynamic as ndd
+
+    on_gpu = device.type == "cuda"
+
+    def run(contents: Sequence[bytes]) -> list[Tensor]:
+        files = ndd.as_batch([ndd.as_tensor(np.frombuffer(content, dtype=np.uint8)) for content in contents])
+        # Fancy upsampling is what the CPU does: without it the bits would differ between the two.
+        settings = {"device": "gpu", "jpeg_fancy_upsampling": True} if on_gpu else {"device": "cpu"}
+        images = ndd.decoders.image(files, adjust_orientation=False, **settings)
+        return [from_dlpack(image.evaluate()).clone() for image in images.tensors]
+
+    def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
+        if not contents:
+            return []
+        try:
+            return list(run(contents))
+        except (RuntimeError, ValueError) as error:
+            if len(contents) == 1:
+                return [_reason(error)]
+        # One bad file fails them all: find it.
+        return [result for content in contents for result in decode([content])]
+
+    return decode
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,38 @@
+import json
+import sys
+
+import torch
+
+from bench import data, encode
+
+
+def test_every_loader_reads_the_same_samples(tmp_path):
+    """In one order: what is timed is the same work."""
+    data.write_data(tmp_path, 600)
+    found = {}
+    for loader in ("official 0", "plain float32", "plain float16"):
+        stream = data.batches(loader, tmp_path, torch.device("cpu"))
+        found[loader] = torch.stack([next(stream) for _ in range(3)])
+    torch.testing.assert_close(found["plain float32"], found["official 0"])
+    torch.testing.assert_close(found["plain float16"], found["official 0"], rtol=1e-3, atol=1e-3)
+
+
+def test_a_measurement_has_its_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "STEP_S", 0.001)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
+    data.write_data(tmp_path, 512)
+    measured = data.measure("plain float16", tmp_path, torch.device("cpu"), seconds=0.1)
+    assert measured.samples_per_s > 0
+    assert measured.cpu_us > 0
+    assert 0 <= measured.waiting < 1
+
+
+def test_decoding_is_compared_with_pillow(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
+    monkeypatch.setattr(sys, "argv", ["bench.encode", "--images", "2", "--json", str(tmp_path / "encode.json")])
+    assert encode.main() == 0
+    figures = json.loads((tmp_path / "encode.json").read_text())
+    assert figures["ratio"] > 0
+    # 500 x 375 is wide: there Pillow 13 computes as Pillow 12 does
+    assert figures["largest_difference"] == 0
+    assert "crops differ by at most 0" in capsys.readouterr().out

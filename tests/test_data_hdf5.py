@@ -1,0 +1,124 @@
+from pathlib import Path
+
+import h5py
+import latent_folders
+import numpy as np
+import pytest
+import torch
+
+from soflow.config import DataConfig
+from soflow.data import DataError, Hdf5Source, LatentSource, convert_hdf5, open_source
+
+
+def test_official_file_is_read(tmp_path):
+    latents = latent_folders.write_hdf5(tmp_path / "imagenet_latent.hdf5")
+    for root in (tmp_path, tmp_path / "imagenet_latent.hdf5"):
+        source = open_source(DataConfig(source="hdf5", root=str(root)))
+        assert (len(source), source.image_shape, source.num_classes) == (16, (4, 4, 4), 3)
+        indices = np.array([9, 2, 2, 15])
+        mean, std, labels = source.read(indices)
+        np.testing.assert_allclose(mean.numpy(), 0.18215 * latents[indices, :4], rtol=1e-6)
+        np.testing.assert_allclose(std.numpy(), 0.18215 * latents[indices, 4:], rtol=1e-6)
+        assert labels.tolist() == (indices % 3).tolist()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2e-3)])
+def test_converted_folder_holds_the_same(dtype, tolerance, tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    source = Hdf5Source(tmp_path / "official.hdf5")
+    done: list[int] = []
+    per_shard = 6 * 8 * 4 * 4 * np.dtype(dtype).itemsize
+    convert_hdf5(source, tmp_path / "ours", dtype, shard_bytes=per_shard, progress=done.append)
+    ours = LatentSource(tmp_path / "ours")
+    ours.verify()
+    assert done == [6, 6, 4]
+    assert [entry.count for entry in ours.manifest.shards] == [6, 6, 4]
+    assert ours.manifest.dtype == dtype
+    for a, b in zip(source.read(np.arange(16)), ours.read(np.arange(16)), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 1e-3)
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir() if path.name != ".lock") == [
+        "labels.npy",
+        "latents-00000.npy",
+        "latents-00001.npy",
+        "latents-00002.npy",
+        "manifest.json",
+    ]
+
+
+def test_conversion_goes_on_where_it_was_interrupted(tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    source = Hdf5Source(tmp_path / "official.hdf5")
+    shard_bytes = 6 * 8 * 4 * 4 * 4
+
+    def stop(count: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_hdf5(source, tmp_path / "ours", "float32", shard_bytes, stop)
+    first = tmp_path / "ours" / "latents-00000.npy"
+    before = first.stat().st_mtime_ns
+    with pytest.raises(DataError, match="expected the manifest"):
+        LatentSource(tmp_path / "ours")
+    done: list[int] = []
+    convert_hdf5(source, tmp_path / "ours", "float32", shard_bytes, done.append)
+    assert done == [6, 4]
+    assert first.stat().st_mtime_ns == before
+    LatentSource(tmp_path / "ours").verify()
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (1e6, "float16")])
+def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
+    latents = latent_folders.random_latents(16, "float32")
+    latents[11, 2, 0, 0] = value
+    latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)
+    with pytest.raises(DataError, match=rf"latents: row 11 is not finite in {dtype}"):
+        convert_hdf5(Hdf5Source(tmp_path / "official.hdf5"), tmp_path / "ours", dtype)
+    assert not (tmp_path / "ours" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": None}, "got no data set 'labels', expected latents, labels, amount, latent_size"),
+        ({"amount": np.int64(17)}, r"latents: got \(16, 8, 4, 4\), expected \(17, 2 C, 4, 4\)"),
+        ({"latent_size": np.int64(8)}, r"latents: got \(16, 8, 4, 4\), expected \(16, 2 C, 8, 8\)"),
+        ({"latents": np.zeros((16, 8, 4, 4))}, "latents: got float64, expected float32 or float16"),
+        ({"labels": np.arange(15)}, r"labels: got \(15,\) int64, expected \(16,\)"),
+        ({"labels": np.arange(16) - 1}, "labels: label number 0 is -1, expected 0 to 14"),
+    ],
+)
+def test_file_that_contradicts_itself_is_refused(changes, message, tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5", **changes)
+    with pytest.raises(DataError, match=message):
+        Hdf5Source(tmp_path / "official.hdf5")
+
+
+def test_file_that_is_none_or_missing_is_refused(tmp_path):
+    (tmp_path / "official.hdf5").write_bytes(b"nothing of the kind")
+    for path in (tmp_path / "official.hdf5", tmp_path / "missing.hdf5", tmp_path):
+        with pytest.raises(DataError, match=r"expected an HDF5 file of latents"):
+            Hdf5Source(path)
+
+
+def test_label_out_of_range_is_refused(tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    with pytest.raises(DataError, match="label number 2 is 2, expected 0 to 1"):
+        Hdf5Source(tmp_path / "official.hdf5", num_classes=2)
+
+
+def test_fingerprint_follows_the_contents(tmp_path: Path):
+    latent_folders.write_hdf5(tmp_path / "a.hdf5")
+    latent_folders.write_hdf5(tmp_path / "b.hdf5", labels=np.arange(16)[::-1] % 3)
+    prints = [Hdf5Source(tmp_path / f"{name}.hdf5").fingerprint for name in "ab"]
+    assert prints[0] != prints[1]
+    with h5py.File(tmp_path / "a.hdf5", "r+") as file:
+        file["latents"][8, 0, 0, 0] = 5.0
+    assert Hdf5Source(tmp_path / "a.hdf5").fingerprint != prints[0]
+
+
+def test_verify_finds_what_is_not_finite(tmp_path):
+    latents = latent_folders.random_latents(16, "float32")
+    latents[13, 0, 3, 3] = np.inf
+    latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)
+    with pytest.raises(DataError, match="row 13 holds NaN or infinity"):
+        Hdf5Source(tmp_path / "official.hdf5").verify()

@@ -1,0 +1,51 @@
+import sys
+
+import pytest
+import tiny_vae
+import torch
+
+from soflow.vae import VaeError, load_vae
+
+CPU = torch.device("cpu")
+
+
+def test_it_encodes_and_decodes_as_diffusers_does(tmp_path):
+    vae, network = load_vae(str(tiny_vae.save(tmp_path)), CPU), tiny_vae.network().eval()
+    assert (vae.name, vae.channels, vae.reduction) == ("vae", 4, 2)
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    mean, std = vae.encode(images)
+    with torch.no_grad():
+        expected = network.encode(images).latent_dist
+        torch.testing.assert_close((mean, std), (expected.mean, expected.std))
+        assert mean.shape == (2, 4, 8, 8)
+        # the factor of the recipes is undone: a sample of the flow is 0.18215 times a latent
+        torch.testing.assert_close(vae.decode(0.18215 * mean), network.decode(mean).sample)
+    assert vae.decode(mean).shape == (2, 3, 16, 16)
+
+
+def test_what_is_no_vae_is_refused(tmp_path):
+    with pytest.raises(VaeError, match=r"expected a folder with config.json"):
+        load_vae(str(tmp_path), CPU)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(VaeError, match=r"expected an AutoencoderKL"):
+        load_vae(str(tmp_path), CPU)
+
+
+def test_a_pickle_in_the_place_of_weights_is_not_loaded(tmp_path):
+    folder = tiny_vae.save(tmp_path)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(VaeError, match="expected an AutoencoderKL"):
+        load_vae(str(folder), CPU)
+
+
+def test_latents_of_another_scale_are_refused(tmp_path):
+    with pytest.raises(VaeError, match=r"scaling_factor: got 0.13025, expected 0.18215"):
+        load_vae(str(tiny_vae.save(tmp_path, scaling_factor=0.13025)), CPU)
+
+
+def test_without_diffusers_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(VaeError, match=r"pip install 'soflow\[latents\]'"):
+        load_vae("anything", CPU)
