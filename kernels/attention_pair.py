@@ -3,9 +3,9 @@
 qkv, dqkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), without permutes.  do: (B, T, H d).  The products take
 their inputs in the dtype of qkv and sum in fp32; scores, softmax and their differences are fp32.
 
-A program owns a block of queries of one head and walks the keys twice: for the row maximum, the normaliser and
-z = sum(P u), then for dP = P (u - z) / (1 + z) and do = dP (v + dv) + P dv, with u = expm1(dS) and
-dS = dq k^T + (q + dq) dk^T.
+A program owns a block of queries of one head and walks the keys twice: for the normalisers of S and S + dS and for
+z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv. The formulas, for small and for large differences, are
+those of `reference.attention_difference`, which takes heads wider than 128.
 """
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, register
-from soflow.kernels.math import expm1
+from soflow.kernels.math import expm1, log1p
 from soflow.kernels.self_attention import check_packed, load_block
-from soflow.kernels.tuning import attention_difference_launch
+from soflow.kernels.tuning import MAX_HEAD_DIM, attention_difference_launch
 
 
 @triton.jit
@@ -59,7 +59,9 @@ def _attention_difference_kernel(
     dq = load_block(dqkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
     q_moved = _sum(q, dq)
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     normaliser = tl.zeros((BLOCK_T,), tl.float32)
+    moved_normaliser = tl.zeros((BLOCK_T,), tl.float32)
     z = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
@@ -72,7 +74,13 @@ def _attention_difference_kernel(
         normaliser = normaliser * shrink + tl.sum(P, axis=1)
         z = z * shrink + tl.sum(P * expm1(dS), axis=1)
         row_max = new_max
+        new_max = tl.maximum(moved_max, tl.max(S + dS, axis=1))
+        shrink = tl.exp(moved_max - new_max)
+        moved_normaliser = moved_normaliser * shrink + tl.sum(tl.exp(S + dS - new_max[:, None]), axis=1)
+        moved_max = new_max
     z = z / normaliser
+    normaliser = row_max + tl.log(normaliser)
+    lz = tl.where(tl.abs(z) < 0.5, log1p(z), moved_max + tl.log(moved_normaliser) - normaliser)
 
     do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
@@ -80,8 +88,9 @@ def _attention_difference_kernel(
         k = load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
         dk = load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
         S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
-        P = tl.exp(S - row_max[:, None]) / normaliser[:, None]
-        dP = P * (expm1(dS) - z[:, None]) / (1.0 + z[:, None])
+        P = tl.exp(S - normaliser[:, None])
+        g = dS - lz[:, None]
+        dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S - normaliser[:, None] + g) - P)
         v = load_block(qkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
         dv = load_block(dqkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
         do += tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
@@ -125,4 +134,6 @@ def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).  See `reference.attention_difference`."""
     check_packed("attention_difference", qkv, num_heads)
     check("attention_difference", qkv.device, dqkv=(dqkv, tuple(qkv.shape)))
+    if qkv.shape[2] // (3 * num_heads) > MAX_HEAD_DIM:
+        return reference.attention_difference(qkv, dqkv, num_heads)
     return _attention_difference(qkv, dqkv, num_heads)

@@ -69,3 +69,18 @@ def expm1(x):
     """exp(x) - 1, precise relative to itself also for small x."""
     t = tanh(0.5 * x)
     return tl.where(tl.abs(x) < 1.25, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for |x| < 1/2, precise relative to itself also for small x: 2 atanh(x / (2 + x)) as a series."""
+    s = x / (2.0 + x)
+    z = s * s
+    p = 0.0769230769
+    p = p * z + 0.0909090909
+    p = p * z + 0.1111111111
+    p = p * z + 0.1428571429
+    p = p * z + 0.2
+    p = p * z + 0.3333333333
+    p = p * z + 1.0
+    return 2.0 * s * p

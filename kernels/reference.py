@@ -354,14 +354,20 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).
 
-    dS = dq k^T + (q + dq) dk^T; with u = expm1(dS) and z = sum(P u): dP = P (u - z) / (1 + z); do = dP (v + dv) + P dv.
+    dS = dq k^T + (q + dq) dk^T; z = sum(P expm1(dS)), and with the shift of the normaliser lz = log1p(z), g = dS - lz:
+    dP = P expm1(g), and do = dP (v + dv) + P dv. Where these are large (z beyond 1/2, g beyond 1) there is nothing
+    to cancel, but exponentials may overflow: there lz is the difference of the normalisers, dP that of the softmaxes.
     """
     (q, k, v), (dq, dk, dv) = _heads(_wide(qkv), num_heads), _heads(_wide(dqkv), num_heads)
     scale = 1.0 / math.sqrt(q.shape[-1])
-    P = torch.softmax(scale * (q @ k.mT), dim=-1)
-    u = torch.expm1(scale * (dq @ k.mT + (q + dq) @ dk.mT))
-    z = (P * u).sum(-1, keepdim=True)
-    dP = P * (u - z) / (1.0 + z)
+    S = scale * (q @ k.mT)
+    dS = scale * (dq @ k.mT + (q + dq) @ dk.mT)
+    normaliser = S.logsumexp(-1, keepdim=True)
+    P = torch.exp(S - normaliser)
+    z = (P * torch.expm1(dS)).sum(-1, keepdim=True)
+    lz = torch.where(z.abs() < 0.5, torch.log1p(z), (S + dS).logsumexp(-1, keepdim=True) - normaliser)
+    g = dS - lz
+    dP = torch.where(g.abs() < 1.0, P * torch.expm1(g), torch.exp(S - normaliser + g) - P)
     return (dP @ (v + dv) + P @ dv).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

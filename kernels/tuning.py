@@ -40,13 +40,13 @@ def attention_launch(T: int, head_dim: int) -> AttentionLaunch:
     block_d = _padded(head_dim)
     if T <= FEW_TOKENS:
         return AttentionLaunch(_padded(T), block_d, 4 if block_d <= 64 else 8, 1)
-    return AttentionLaunch(64, block_d, 4, 2) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
+    return AttentionLaunch(64, block_d, 4, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
 
 
 def attention_difference_launch(head_dim: int) -> AttentionLaunch:
     """Return the launch of the difference of attention."""
     block_d = _padded(head_dim)
-    return AttentionLaunch(64, block_d, 8, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
+    return AttentionLaunch(64, block_d, 8, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 1)
 
 
 def attention_is_fused(T: int, head_dim: int) -> bool:

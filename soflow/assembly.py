@@ -13,6 +13,7 @@ from soflow.models import Network
 from soflow.optim import Optimizer, build_optimizer
 from soflow.precision import working_copy
 from soflow.run_folder import build_flow
+from soflow.sharding import shard_network
 from soflow.step import TrainingStep
 
 
@@ -28,11 +29,19 @@ class Training(NamedTuple):
 def assemble(config: Config, processes: Processes, ops: ModuleType) -> Training:
     """Return the untrained parts of a configuration on this process's device; the same weights for the same seed."""
     flow = initial_flow(config, ops)
+    ema = Ema(config.ema, flow.network)
+    precision = config.engine.precision
+    sharded = config.engine.parallel == "fsdp" and processes.world_size > 1
+    if sharded:
+        # before they go to the device, which may be too small for all of them
+        shard_network(flow.network, processes, precision)
+        shard_network(ema.network, processes, "fp32")
     # built where the seed draws the same everywhere; a module of fake tensors cannot be sent even to where it is
     if processes.device.type != "cpu":
         flow.to(processes.device)
-    ema = Ema(config.ema, flow.network)
-    working, shadows = working_copy(flow.network, config.engine.precision)
+        ema.network.to(processes.device)
+    ema.track(flow.network)
+    working, shadows = (flow.network, {}) if sharded else working_copy(flow.network, precision)
     working.set_recompute(config.engine.recompute)
     optimizer = build_optimizer(config.optim, flow.network.parameters(), [ema], shadows)
     computing = SolutionFlow(working, flow.path, flow.parameterization, flow.sampler)

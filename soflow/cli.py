@@ -1,4 +1,4 @@
-"""The command line: `soflow train`, `soflow sample`, `soflow audit`, `soflow doctor`, and those of `soflow.cli_data`.
+"""The command line: `soflow train`, `sample`, `doctor`, and those of `soflow.cli_data` and `soflow.cli_trained`.
 
 Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
 with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
@@ -7,7 +7,6 @@ with one message on stderr; 3 the training was stopped by a signal, after it sav
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from soflow import cli_data
+from soflow import cli_data, cli_trained
 from soflow.arguments import Command, command_parser, file_name, numbers, positive
 
 # What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
@@ -108,18 +107,20 @@ def _train(args: argparse.Namespace) -> int:
 
     from soflow.distributed import join_processes
     from soflow.trainer import DivergedError, Trainer
+    from soflow.watchdog import PeerError
 
-    with join_processes(config.engine.device) as processes:
-        trainer = Trainer(config, processes, args.resume)
-        try:
+    try:
+        with join_processes(config.engine.device, config.engine.timeout_s) as processes:
+            trainer = Trainer(config, processes, args.resume)
             complete = trainer.fit()
-        except DivergedError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return FAILED
-        if processes.is_first:
-            end = "complete" if complete else "stopped, the same command continues it"
-            print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
-    return DONE if complete else STOPPED
+            if processes.is_first:
+                end = "complete" if complete else "stopped, the same command continues it"
+                print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
+    except (DivergedError, PeerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    # torchrun takes every other code for a failure, and would start a stopped run again: status.json tells them apart
+    return DONE if complete or processes.world_size > 1 else STOPPED
 
 
 def _summary(config: "Config", resume: Path | None) -> str:
@@ -172,7 +173,10 @@ def _sample_parser() -> argparse.ArgumentParser:
         "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz",
     )
     parser.add_argument(
-        "path", type=Path, metavar="PATH", help="run folder (its newest checkpoint), step folder, or official .pt file"
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="run folder (its newest checkpoint), step folder, exported folder, or official .pt file",
     )
     parser.add_argument("--nfe", type=positive, default=1, metavar="N", help="network calls per image (default 1)")
     parser.add_argument("--classes", type=numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
@@ -292,62 +296,6 @@ def _draw(
 
 
 # ------------------------------------------------------------------------------------------------
-# soflow audit
-
-
-def _audit_parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "audit",
-        "Take the slope that a run trained on apart, on the CPU: its finite difference against the exact derivative "
-        "(bias), and its arithmetic in several precisions against float64 (noise), as a function of the gap r. Prints "
-        "tables and writes audit.json and audit.png.",
-        "examples:\n"
-        "  soflow audit runs/digits                    the newest checkpoint\n"
-        "  soflow audit runs/digits --steps all        over training: all that train.keep_last left",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--steps", type=_steps, default="newest", metavar="all|newest|LIST", help="which checkpoints (default newest)"
-    )
-    parser.add_argument("--samples", type=positive, default=32, metavar="N", help="rows to measure (default 32)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of data, noise and times (default 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default RUN/audit)")
-    return parser
-
-
-def _audit(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from soflow import audit_report
-    from soflow.audit import audit
-    from soflow.config_file import load_config
-    from soflow.images import require_writable
-    from soflow.run_folder import RunFolder
-
-    found = audit(args.run, args.steps, args.samples, args.seed)
-    out = args.run / "audit" if args.out is None else args.out
-    out.mkdir(parents=True, exist_ok=True)
-    require_writable(out / "audit.json")
-    audits = list(tqdm(found, unit="checkpoint", file=sys.stderr, disable=None))
-    config = load_config(RunFolder(args.run).config)
-    about = {"run": config.name, "seed": args.seed, "samples": args.samples}
-    audit_report.save_json(out / "audit.json", audits, about)
-    audit_report.save_plot(out / "audit.png", audits, config.times.gap_init, config.times.gap_end)
-    print(f"{audit_report.table(audits)}\n\n{out / 'audit.json'}, {out / 'audit.png'}")
-    return DONE
-
-
-def _steps(text: str) -> str | list[int]:
-    return text if text in ("all", "newest") else numbers(text)
-
-
-def _seed(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 10**18 - 1")
-    return int(text)
-
-
-# ------------------------------------------------------------------------------------------------
 # soflow doctor
 
 
@@ -389,7 +337,7 @@ COMMANDS = {
     "train": Command("train a network from a configuration, or continue its run", _train_parser, _train),
     "sample": Command("draw images from a checkpoint", _sample_parser, _sample),
     **cli_data.COMMANDS,
-    "audit": Command("say how wrong the slope of a run is, and why: bias or noise", _audit_parser, _audit),
+    **cli_trained.COMMANDS,
     "doctor": Command("say what of this machine works, what is missing or broken, and why", _doctor_parser, _doctor),
 }
 

@@ -199,8 +199,10 @@ class OptimConfig:
     weight_decay: Annotated[float, "weight decay, as torch.optim's optimizer of that name defines it"] = 0.0
     clip_norm: Annotated[float | None, "largest gradient norm; null does not clip"] = None
     nonfinite: Annotated[
-        Literal["step", "skip"], "skip: a step whose gradient is not finite changes no weight, moment or average"
+        Literal["step", "skip", "stop"],
+        "skip: a step whose gradient is not finite changes no weight, moment or average; stop: nor does the run go on",
     ] = "step"
+    max_bad_steps: Annotated[int, "steps in a row whose gradient is not finite, after which the run stops"] = 10
     backend: Annotated[
         Literal["auto", "fused", "reference", "apex"],
         "fused: the CUDA extension; reference: PyTorch; auto: fused on a GPU where it is built, else reference",
@@ -211,6 +213,7 @@ class OptimConfig:
         require("optim", "betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
         require("optim", "eps", self.eps, 0 < self.eps < math.inf, "a number above 0")
         require("optim", "weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number of at least 0")
+        require("optim", "max_bad_steps", self.max_bad_steps, self.max_bad_steps >= 1, "an integer of at least 1")
         if self.clip_norm is not None:
             require("optim", "clip_norm", self.clip_norm, 0 < self.clip_norm < math.inf, "a number above 0, or null")
         if self.backend == "apex":
@@ -250,11 +253,12 @@ class TrainConfig:
     sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
     checkpoint_every: Annotated[int, "steps between checkpoints; the last step is always saved"] = 25000
     keep_last: Annotated[int, "checkpoints to keep; 0 keeps all"] = 0
+    keep_every: Annotated[int, "checkpoints of steps that this divides are kept besides; 0: there are none"] = 0
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "accumulation", "log_every", "sample_nfe", "checkpoint_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        for name in ("sample_every", "keep_last"):
+        for name in ("sample_every", "keep_last", "keep_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
 
 
@@ -279,8 +283,15 @@ class EngineConfig:
         "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",
     ] = "none"
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
+    parallel: Annotated[
+        Literal["ddp", "fsdp"], "of several processes, ddp: each has the whole model; fsdp: each has a part of it"
+    ] = "ddp"
+    timeout_s: Annotated[float, "seconds without a step after which a process gives up, and says who is to blame"] = 600
+    grace_s: Annotated[float, "seconds after a signal to stop in which a process must have saved and left"] = 100
 
     def __post_init__(self) -> None:
+        for name in ("timeout_s", "grace_s"):
+            require("engine", name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
         if self.threads is not None:
             require("engine", "threads", self.threads, self.threads >= 1, "an integer of at least 1, or null")
 

@@ -1,9 +1,11 @@
-"""The processes of a run, as torchrun starts them: who this one is, and sums over all of them."""
+"""The processes of a run, as torchrun starts them: who this one is, sums over all of them, and common decisions."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -12,14 +14,23 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+# what a process may need to leave after an error, which peers that hang could make forever
+LEAVING_S = 10.0
+# NCCL ends the process without a word of ours: it must not be the first to lose patience
+NCCL_PATIENCE = 2.0
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `world_size`, and the device it computes on."""
+    """This process among `world_size`, and the device it computes on.
+
+    hosts: the group of all processes that exchanges what is in host memory, and so waits for no GPU; None alone.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -38,13 +49,51 @@ class Processes:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.hosts)
+
+
+class Ballot:
+    """What any process wants, known to all of them at the same step, one round late.
+
+    The votes travel between the hosts while the next step is queued, so that a round waits neither for the GPU nor,
+    unless a process is a whole step behind, for a peer.
+    """
+
+    def __init__(self, processes: Processes, num_votes: int) -> None:
+        self._processes = processes
+        self._votes = torch.zeros(num_votes, dtype=torch.int64)
+        self._round: dist.Work | None = None
+
+    def cast(self, *votes: bool) -> list[bool]:
+        """Hand in this round's votes; return which were cast by any process in the round before.
+
+        A process alone is told its own votes at once.
+        """
+        result = self.result()
+        self._votes = torch.tensor(votes, dtype=torch.int64)
+        if self._processes.world_size == 1:
+            return self.result()
+        self._round = dist.all_reduce(self._votes, dist.ReduceOp.MAX, group=self._processes.hosts, async_op=True)
+        return result
+
+    def result(self) -> list[bool]:
+        """Return which votes were cast by any process in the last round, when it is over."""
+        if self._round is not None:
+            self._round.wait()
+            self._round = None
+        return [bool(vote) for vote in self._votes.tolist()]
+
+
+def is_peer_failure(error: RuntimeError) -> bool:
+    """Return whether `error` is that of an exchange with processes of which one is gone, or does not answer."""
+    # gloo has no class of its own; its messages begin with the place in its source
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,8 +106,12 @@ def resolve_device(name: str) -> torch.device:
 
 
 @contextmanager
-def join_processes(device_name: str) -> Iterator[Processes]:
-    """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo); leave it after."""
+def join_processes(device_name: str, timeout_s: float) -> Iterator[Processes]:
+    """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo); leave it after.
+
+    timeout_s: how long an exchange waits for a peer. After an error the process leaves within LEAVING_S, if need be by
+    force.
+    """
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -66,8 +119,17 @@ def join_processes(device_name: str) -> Iterator[Processes]:
     if world_size == 1:
         yield Processes(0, 1, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patience = timedelta(seconds=timeout_s)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=NCCL_PATIENCE * patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
     try:
-        yield Processes(dist.get_rank(), world_size, device)
-    finally:
-        dist.destroy_process_group()
+        hosts = dist.new_group(backend="gloo", timeout=patience)
+        yield Processes(dist.get_rank(), world_size, device, hosts)
+    except BaseException:
+        force = threading.Timer(LEAVING_S, os._exit, (1,))
+        force.daemon = True
+        force.start()
+        raise
+    dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soflow.config import MAX_SIGMA_REL, EmaConfig
+from soflow.sharding import local
 
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
 
@@ -28,6 +29,10 @@ class Ema(Generic[AnyNetwork]):
         self.decay = config.decay**config.every
         self.gamma = None if config.sigma_rel is None else power_exponent(config.sigma_rel)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.track(network)
+
+    def track(self, network: AnyNetwork) -> None:
+        """Average the weights of `network` from now on: after the parameters of either network were exchanged."""
         pairs = zip(self.network.parameters(), network.parameters(), strict=True)
         self.averages, self.weights = zip(*((a, w) for a, w in pairs if w.requires_grad), strict=True)
 
@@ -45,12 +50,13 @@ class Ema(Generic[AnyNetwork]):
         decay = self.decay_at(step)
         if decay is None:
             return
-        averages = [average.to(self.dtype) for average in self.averages]  # the averages themselves, if of that dtype
-        weights = [weight.to(self.dtype) for weight in self.weights]
+        stored = [local(average) for average in self.averages]
+        averages = [average.to(self.dtype) for average in stored]  # the averages themselves, if of that dtype
+        weights = [local(weight).to(self.dtype) for weight in self.weights]
         torch._foreach_mul_(averages, decay)
         torch._foreach_add_(averages, weights, alpha=1.0 - decay)
-        if averages[0] is not self.averages[0]:
-            torch._foreach_copy_(self.averages, averages)
+        if averages[0] is not stored[0]:
+            torch._foreach_copy_(stored, averages)
 
 
 def power_exponent(sigma_rel: float) -> float:

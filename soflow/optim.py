@@ -19,6 +19,7 @@ from soflow.kernels.multi_tensor import (
     is_built,
     requirement,
 )
+from soflow.sharding import is_shard, local, norm_over_shards
 
 KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 # settings of torch.optim's classes that choose how they compute, but not what
@@ -42,7 +43,7 @@ def build_optimizer(
         eps=config.eps,
         weight_decay=config.weight_decay,
         clip_norm=config.clip_norm,
-        skip_nonfinite=config.nonfinite == "skip",
+        skip_nonfinite=config.nonfinite != "step",
         averages=averages,
         shadows=shadows,
         backend=config.backend,
@@ -222,7 +223,7 @@ class _Backend(Protocol):
 
 def _choose(backend: str, optimizer: Optimizer) -> tuple[str, _Backend]:
     params = [p for p in optimizer.parameters() if p.requires_grad]
-    obstacle = requirement(params)
+    obstacle = "the weights are sharded" if any(is_shard(p) for p in params) else requirement(params)
     if backend == "auto":
         backend = "fused" if params and obstacle is None and is_built() else "reference"
     if backend == "fused" and obstacle is not None:
@@ -232,7 +233,7 @@ def _choose(backend: str, optimizer: Optimizer) -> tuple[str, _Backend]:
 
 
 class _Reference:
-    """torch._foreach on any device and dtype."""
+    """torch._foreach on any device and dtype; of sharded weights, on this process's part."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -255,8 +256,9 @@ class _Reference:
         optimizer = self._optimizer
         # of the weights' type first: scaling must not round a bf16 gradient again
         groups = [(group, [(p, g.to(p.dtype)) for p, g in optimizer.active(group)]) for group in optimizer.param_groups]
-        gradients = [gradient for _, pairs in groups for _, gradient in pairs]
-        self.grad_norm = _norm(gradients)
+        whole_gradients = [gradient for _, pairs in groups for _, gradient in pairs]
+        self.grad_norm = _norm(whole_gradients)
+        gradients = [local(gradient) for gradient in whole_gradients]
         step = self._counters[FINISHED]
         self._counters[FINISHED] += 1
         if optimizer.skip_nonfinite and not torch.isfinite(self.grad_norm):
@@ -281,10 +283,10 @@ class _Reference:
                 state["step"] += 1
             beta1, beta2 = group["betas"]
             update(
-                [param for param, _ in pairs],
-                [gradient for _, gradient in pairs],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
+                [local(param) for param, _ in pairs],
+                [local(gradient) for _, gradient in pairs],
+                [local(state["exp_avg"]) for state in states],
+                [local(state["exp_avg_sq"]) for state in states],
                 [state["step"].item() for state in states],
                 float(group["lr"]),
                 beta1,
@@ -423,11 +425,12 @@ class _Fused:
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all gradients, a scalar summed in float64; no host synchronisation."""
+    """L2 norm over all gradients, all shards of them, a scalar summed in float64; no host synchronisation."""
     if not gradients:
         return torch.zeros(())
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float64)
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients], 2, dtype=torch.float64)
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    total = norm_over_shards(total, gradients[0])
     return total.to(torch.promote_types(gradients[0].dtype, torch.float32))
 
 

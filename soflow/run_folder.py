@@ -1,7 +1,13 @@
 """The folder of a run: what lies where, who may continue it, and how its network is loaded."""
 
 import dataclasses
-from collections.abc import Callable
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -10,17 +16,21 @@ import torch
 
 from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
-from soflow.config import Config, EngineConfig, FlowConfig, NetworkConfig, TrainConfig
+from soflow.config import Config, FlowConfig, NetworkConfig
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
+from soflow.export import Trained, is_export, read_export
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.models import build_network
 
-# Settings that change what a run writes but not what it computes: they may differ when it is continued.
-FREE_ENGINE_FIELDS = ("cuda_graph", "device", "recompute", "threads")
-FREE_TRAIN_FIELDS = ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last")
+# Settings that change what a run writes, or where it computes, but not what: they may differ when it is continued.
 # The data set is known by its fingerprint, wherever it lies and however it is read.
-FREE_DATA_FIELDS = ("root", "feeder", "prefetch")
+FREE_FIELDS = {
+    "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
+    "data": ("root", "feeder", "prefetch"),
+    "optim": ("max_bad_steps",),
+    "engine": ("cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
+}
 
 
 class RunError(ValueError):
@@ -28,11 +38,12 @@ class RunError(ValueError):
 
 
 class RunFolder:
-    """Paths of one run: config.yaml, metrics.jsonl, tensorboard/, samples/ and checkpoints/ below `path`."""
+    """Paths of one run below `path`: config.yaml, status.json, metrics.jsonl, tensorboard/, samples/, checkpoints/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
+        self.status = path / "status.json"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
@@ -43,9 +54,37 @@ class RunFolder:
             with replacing(self.config) as partial:
                 partial.write_text(dump_config(config), encoding="utf-8")
 
+    @contextmanager
+    def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
+        """Keep every other process from training in this folder; a process that dies keeps nobody out.
+
+        Raises RunError naming who trains there, and OSError where the folder cannot be written. Where the file system
+        has no locks, this is said and nothing is kept.
+        """
+        with (self.path / "lock").open("a+", encoding="utf-8") as file:
+            try:
+                # a lock of POSIX: of the process, not of the file that a child process would keep open
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    file.seek(0)
+                    raise RunError(f"{self.path}: {file.read().strip()} trains there, expected nobody") from error
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+                warn(f"{self.path}: no locks on this file system: nothing keeps a second job out of the folder")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def write_status(self, state: Literal["running", "complete", "stopped", "failed"], step: int, reason: str) -> None:
+        """Say in status.json how the run stands: what a launcher goes by, since torchrun's exit code says less."""
+        with replacing(self.status) as partial:
+            partial.write_text(json.dumps({"state": state, "step": step, "reason": reason}) + "\n", encoding="utf-8")
+
 
 def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -> tuple[RunFolder, Path | None]:
-    """Return the run folder of `config`, and the step folder to continue from, if any; writes nothing.
+    """Return the run folder of `config`, and the step folder to continue from, if any, verified; writes nothing.
 
     A folder is used again only by the configuration it was made with, apart from settings that do not change what is
     computed. resume None continues from the newest verified checkpoint; corrupt ones are passed over with a warning.
@@ -58,7 +97,10 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
         _require_same(config, load_config(folder.config), str(folder.path))
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise RunError(f"{folder.path}: got a folder without config.yaml that is not empty; choose another name")
-    return folder, checkpoint.newest(folder.checkpoints, warn) if resume is None else resume
+    if resume is None:
+        return folder, checkpoint.newest(folder.checkpoints, warn)
+    checkpoint.verify(resume)
+    return folder, resume
 
 
 def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object]) -> dict[str, object]:
@@ -96,24 +138,37 @@ def load_flow(
 ) -> tuple[SolutionFlow, int]:
     """Load a trained flow, in eval mode and without gradients, and the number of its training steps.
 
-    path: a run folder (its newest sound checkpoint), a step folder, or an official `.pt` file, whose path and
-    parameterization are taken as linear and euler, as the released models have them.
+    path: as for `read_trained`, which says what is raised.
+    """
+    trained = read_trained(path, weights)
+    flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)))
+    flow.network.load_state_dict(dict(trained.weights))
+    return flow.to(device).requires_grad_(False).eval(), trained.step
+
+
+def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
+    """Return trained weights and what they belong to; of an exported folder those that it holds.
+
+    path: a run folder (its newest sound checkpoint), a step folder, a folder of `soflow export`, or an official `.pt`
+    file, whose path and parameterization are taken as linear and euler, as the released models have them.
     Raises CheckpointError naming the path where there is none or it cannot be trusted.
     """
-    ops = choose_ops("auto", torch.device(device))
     if path.suffix == ".pt":
         official = checkpoint.load_official(path)
-        state, step = official.ema if weights == "ema" else official.model, official.step
-        shape = checkpoint.infer_dit_shape(state)
-        flow = build_flow(NetworkConfig(name="DiT", **shape), FlowConfig(), ops)
+        state = official.ema if weights == "ema" else official.model
+        network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(state))
+        return Trained(network=network, flow=FlowConfig(), weights=state, kind=weights, step=official.step)
+    if is_export(path):
+        return read_export(path)
+    if RunFolder(path).config.exists():
+        step_folder = _newest_step(path)
     else:
-        step_folder = _newest_step(path) if RunFolder(path).config.exists() else path
-        saved = checkpoint.load(step_folder)
-        state, step = saved.ema if weights == "ema" else saved.model, saved.step
-        config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
-        flow = build_flow(config.network, config.flow, ops)
-    flow.network.load_state_dict(state)
-    return flow.to(device).requires_grad_(False).eval(), step
+        step_folder = path
+        checkpoint.verify(path)
+    saved = checkpoint.read(step_folder)
+    config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
+    state = saved.ema if weights == "ema" else saved.model
+    return Trained(network=config.network, flow=config.flow, weights=state, kind=weights, step=saved.step)
 
 
 def _newest_step(path: Path) -> Path:
@@ -124,17 +179,13 @@ def _newest_step(path: Path) -> Path:
 
 
 def _require_same(config: Config, stored: Config, where: str) -> None:
-    train = {name: getattr(config.train, name) for name in FREE_TRAIN_FIELDS}
-    data = {name: getattr(config.data, name) for name in FREE_DATA_FIELDS}
-    engine = {name: getattr(config.engine, name) for name in FREE_ENGINE_FIELDS}
-    comparable = dataclasses.replace(
-        stored,
-        name=config.name,
-        output_dir=config.output_dir,
-        engine=EngineConfig(**{**dataclasses.asdict(stored.engine), **engine}),
-        train=TrainConfig(**{**dataclasses.asdict(stored.train), **train}),
-        data=dataclasses.replace(stored.data, **data) if stored.data.source == config.data.source else stored.data,
-    )
+    sections = {
+        section: dataclasses.replace(
+            getattr(stored, section), **{name: getattr(getattr(config, section), name) for name in names}
+        )
+        for section, names in FREE_FIELDS.items()
+    }
+    comparable = dataclasses.replace(stored, name=config.name, output_dir=config.output_dir, **sections)
     differences = compare_configs(comparable, config)
     if differences:
         raise RunError(

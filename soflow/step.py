@@ -19,6 +19,7 @@ from soflow.meanflow import MeanFlow
 from soflow.monitor import WATCHED
 from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
+from soflow.sharding import is_sharded
 from soflow.times import gap_ratio
 
 # What is summed over an interval, in the order of the device tensor that holds the sums.
@@ -64,12 +65,17 @@ class TrainingStep:
         self.positions = tuple(position for part in self.parts for position in part.share.positions)
         self.objective = build_objective(config, ops)
         self.module: nn.Module = _Losses(flow, self.objective)
-        if world_size > 1:
+        if world_size > 1 and not is_sharded(flow.network):
             self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-        # DDP averages over processes, whose shares may differ by a row: weigh each by its rows.
+        # DDP and FSDP average over processes, whose shares may differ by a row: weigh each by its rows.
         self.loss_scales = [len(part.share) / config.train.batch_size * world_size for part in self.parts]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
         self.num_summed = 0
+        self._bad_in_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._most_bad = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._most_bad_copy = torch.zeros((), dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        self._most_bad_seen = 0
+        self._copied: torch.cuda.Event | None = None
         self._norm_weight = 1.0 / world_size
         self._train: Callable[..., None] = self._train_on
         if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
@@ -108,6 +114,20 @@ class TrainingStep:
             means += _statistics(out) * self.parts[index].weights
         self.optimizer.step()
         self._accumulate(means)
+
+    def most_bad_in_row(self) -> int:
+        """Return the most steps in a row so far without a finite gradient; on a GPU as it was some steps ago.
+
+        To be called after every step; waits for nothing.
+        """
+        if self.device.type == "cpu":
+            return int(self._most_bad)
+        if self._copied is None or self._copied.query():
+            self._most_bad_seen = int(self._most_bad_copy)
+            self._most_bad_copy.copy_(self._most_bad, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return self._most_bad_seen
 
     def draw(
         self,
@@ -148,10 +168,13 @@ class TrainingStep:
     def _accumulate(self, means: Tensor) -> None:
         norm = self.optimizer.grad_norm.double()
         row = torch.cat((means, torch.stack((norm, torch.zeros_like(norm))) * self._norm_weight))
-        if self.config.optim.nonfinite == "skip":
+        finite = torch.isfinite(norm)
+        self._bad_in_row.add_(1).mul_(~finite)
+        torch.maximum(self._most_bad, self._bad_in_row, out=self._most_bad)
+        if self.config.optim.nonfinite != "step":
             skipped = torch.zeros_like(row)
             skipped[-1] = self._norm_weight
-            row = torch.where(torch.isfinite(norm), row, skipped)
+            row = torch.where(finite, row, skipped)
         self.sums += row
 
 

@@ -1,20 +1,19 @@
 """The life of a run: what it is built of, its loop over steps, logs, samples, checkpoints, and stopping early."""
 
 import math
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import FrameType
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from soflow import checkpoint
 from soflow.assembly import assemble
 from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
-from soflow.distributed import Processes
+from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
@@ -29,9 +28,12 @@ from soflow.run_folder import (
     training_ops,
 )
 from soflow.sampling import sample, sample_noise
+from soflow.sharding import is_sharded, like, whole
 from soflow.step import SUMMED, gap_ratio_at
+from soflow.watchdog import Watchdog
 
 GRID_COLUMNS = 10
+ADVICE = "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
 
 T = TypeVar("T")
 
@@ -56,7 +58,8 @@ class Trainer:
         configure_torch(config.engine)
 
         self.ops = training_ops(config, processes.device)
-        if processes.device.type == "cuda":
+        # the prediction is that of whole weights
+        if processes.device.type == "cuda" and config.engine.parallel == "ddp":
             total = torch.cuda.get_device_properties(processes.device).total_memory
             require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
         self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
@@ -70,42 +73,90 @@ class Trainer:
         if start is not None:
             self._restore(start)
         self._on_first(lambda: self.folder.create(config))
-        self._stop_requested = False
+        self._snapshots = checkpoint.Snapshots()
 
     def fit(self, until: int | None = None) -> bool:
         """Train to the last step, or to step `until`; return whether the run is complete.
 
-        SIGINT and SIGTERM finish the step at hand (of several processes: the interval), save and return False.
+        SIGINT, SIGTERM and SIGUSR1, to any of the processes, stop all of them after one and the same step, a second
+        later at most; that is saved, and False returned. Raises DivergedError, PeerError, and CheckpointError or
+        OSError where the disk refuses; what `status.json` says in the end agrees.
         """
+        config = self.config
+        last = config.train.total_steps if until is None else min(until, config.train.total_steps)
+        with ExitStack() as stack:
+            self._on_first(lambda: stack.enter_context(self.folder.locked(print)))
+            self._write_status("running", "")
+            try:
+                with Watchdog(self.processes, config.engine.timeout_s, config.engine.grace_s) as watchdog:
+                    self._run(last, watchdog)
+            except BaseException as error:
+                # a disk that refused a checkpoint may refuse this too
+                with suppress(OSError):
+                    self._write_status("failed", str(error) or type(error).__name__)
+                raise
+            complete = self.finished == config.train.total_steps
+            self._write_status("complete" if complete else "stopped", watchdog.stop_signal or "")
+        return complete
+
+    def _run(self, last: int, watchdog: Watchdog) -> None:
         train = self.config.train
-        last = train.total_steps if until is None else min(until, train.total_steps)
-        log = RunLog(self.folder.path, train.total_steps, self.finished) if self.processes.is_first else NullLog()
+        first = self.processes.is_first
+        ballot = Ballot(self.processes, 3)
         self.meter.restart()
-        try:
-            with self._graceful_stop():
-                while self.finished < last and not self._should_stop():
-                    self._train_step()
-                    self.meter.count()
-                    log.advance(self.finished)
-                    done = self.finished == train.total_steps
-                    if self.finished % train.log_every == 0 or done:
-                        observed = self.monitor.observe(self._interval_means())
-                        log.interval(self.finished, observed.metrics | self.meter.read())
-                        if observed.warning is not None:
-                            log.info(observed.warning)
-                        self.meter.restart()
-                    if train.sample_every and (self.finished % train.sample_every == 0 or done):
-                        with self.meter.paused():
-                            self._draw_samples(log)
-                    if self.finished % train.checkpoint_every == 0 or done:
-                        with self.meter.paused():
-                            self._save(log)
-                if self.finished < train.total_steps and self.finished % train.checkpoint_every:
-                    self._save(log)
-        finally:
-            self.feeder.close()
-            log.close()
-        return self.finished == train.total_steps
+        stopping = False
+        with (
+            closing(self.feeder),
+            closing(RunLog(self.folder.path, train.total_steps, self.finished) if first else NullLog()) as log,
+            checkpoint.Writer(
+                self.folder.checkpoints, train.keep_last, train.keep_every, lambda path: log.info(f"saved {path}")
+            ) as writer,
+            watchdog.explaining_peers(),
+        ):
+            while self.finished < last and not stopping:
+                self._train_step()
+                watchdog.beat(self.finished)
+                self.meter.count()
+                log.advance(self.finished)
+                votes = ballot.cast(watchdog.stop_signal is not None, writer.failed, self._is_diverging())
+                stopping = self._heed(votes, writer)
+                done = self.finished == train.total_steps
+                if self.finished % train.log_every == 0 or done:
+                    observed = self.monitor.observe(self._interval_means())
+                    log.interval(self.finished, observed.metrics | self.meter.read())
+                    if observed.warning is not None:
+                        log.info(observed.warning)
+                    self.meter.restart()
+                if train.sample_every and (self.finished % train.sample_every == 0 or done):
+                    with self.meter.paused():
+                        self._draw_samples(log)
+                if self.finished % train.checkpoint_every == 0 or done:
+                    with self.meter.paused():
+                        self._save(writer)
+                watchdog.beat(self.finished)
+            self._heed(ballot.result(), writer)
+            if self.finished < train.total_steps and self.finished % train.checkpoint_every:
+                self._save(writer)
+
+    def _heed(self, votes: Sequence[bool], writer: checkpoint.Writer) -> bool:
+        """Do what some process wants, on all of them; return whether it is to stop."""
+        stop, unsaved, diverging = votes
+        if unsaved:
+            self._on_first(writer.wait)
+        if diverging:
+            self._require_finite_data()
+            raise DivergedError(
+                f"step {self.finished}: {self._bad_steps_allowed} step(s) in a row had no finite gradient; {ADVICE}"
+            )
+        return stop
+
+    def _is_diverging(self) -> bool:
+        return self.step.most_bad_in_row() >= self._bad_steps_allowed
+
+    @property
+    def _bad_steps_allowed(self) -> int:
+        optim = self.config.optim
+        return 1 if optim.nonfinite == "stop" else optim.max_bad_steps
 
     def _train_step(self) -> None:
         self.feeder.seek(self.finished)
@@ -124,28 +175,24 @@ class Trainer:
     def _interval_means(self) -> dict[str, float]:
         self._require_finite_data()
         *totals, skipped = self.processes.sum(self.step.sums).tolist()
-        if skipped >= self.step.num_summed:
-            raise DivergedError(
-                f"step {self.finished}: no gradient of the last {self.step.num_summed} steps was finite; "
-                "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
-            )
         done = self.step.num_summed - skipped
-        means = {name: total / done for name, total in zip(SUMMED[:-1], totals, strict=True)}
+        means = {name: total / done if done else math.nan for name, total in zip(SUMMED[:-1], totals, strict=True)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
-        if bad:
+        if bad and done:
             raise DivergedError(
                 f"step {self.finished}: {', '.join(bad)} not finite within the last {self.step.num_summed} steps; "
-                "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
+                f"{ADVICE}"
             )
         self.step.sums.zero_()
         self.step.num_summed = 0
-        if self.config.optim.nonfinite == "skip":
+        if self.config.optim.nonfinite != "step":
             means["skipped_steps"] = skipped
         return means | {"gap_ratio": gap_ratio_at(self.config, self.finished - 1)}
 
     def _draw_samples(self, log: NullLog) -> None:
         (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes
-        if not self.processes.is_first or channels not in (1, 3):
+        first, sharded = self.processes.is_first, is_sharded(self.ema.network)
+        if channels not in (1, 3) or not (first or sharded):
             return
         num = GRID_COLUMNS * (min(num_classes, GRID_COLUMNS) or GRID_COLUMNS)
         seeds = torch.arange(num, device=self.processes.device)
@@ -155,7 +202,10 @@ class Trainer:
         nfe = self.config.train.sample_nfe
         noise, renoise = sample_noise(seeds, (channels, height, width), nfe)
         flow = SolutionFlow(self.ema.network, self.flow.path, self.flow.parameterization, self.flow.sampler)
-        image = grid(to_uint8(sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)), GRID_COLUMNS)
+        images = sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)
+        if not first:
+            return  # it only lent its part of the weights
+        image = grid(to_uint8(images), GRID_COLUMNS)
         save_png(self.folder.samples / f"step-{self.finished:08d}.png", image)
         log.image(self.finished, "samples", image)
 
@@ -176,11 +226,17 @@ class Trainer:
         return result  # type: ignore[return-value]
 
     def _restore(self, path: Path) -> None:
-        state = checkpoint.load(path)
+        state = checkpoint.read(path)
         require_own_checkpoint(self.config, self.source.fingerprint, state, path)
-        self.flow.network.load_state_dict(state.model)
-        self.ema.network.load_state_dict(state.ema)
-        self.optimizer.load_state_dict(state.optimizer)
+        for network, weights in ((self.flow.network, state.model), (self.ema.network, state.ema)):
+            own = network.state_dict()
+            network.load_state_dict({name: like(own.get(name, value), value) for name, value in weights.items()})
+        moments = {}
+        for index, param in enumerate(self.optimizer.parameters()):
+            if index in state.optimizer["state"]:
+                entry = state.optimizer["state"][index]
+                moments[index] = {key: value if key == "step" else like(param, value) for key, value in entry.items()}
+        self.optimizer.load_state_dict({**state.optimizer, "state": moments})
         self.optimizer.refresh_shadows()
         self.finished = self.optimizer.finished = state.step
         interval = state.meta["interval"]
@@ -190,52 +246,40 @@ class Trainer:
         if self.processes.is_first:
             self.step.sums.copy_(torch.tensor(interval["sums"], dtype=torch.float64))
 
-    def _save(self, log: NullLog) -> None:
+    def _save(self, writer: checkpoint.Writer) -> None:
+        """Copy the state to host memory of the first process, whose thread writes it while the training goes on."""
+        self._on_first(writer.wait)
         self._require_finite_data()
         sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
             raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")
-        if self.processes.is_first:
-            path = checkpoint.save(
-                self.folder.checkpoints,
+        first = self.processes.is_first
+        if not (first or is_sharded(self.flow.network)):
+            return
+
+        def copied(kind: str, tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+            # one at a time: the whole of a sharded tensor is there only until it is copied
+            gathered = ((key, whole(tensor)) for key, tensor in tensors.items())
+            return {key: self._snapshots.take(f"{kind} {key}", tensor) for key, tensor in gathered if first}
+
+        optimizer = self.optimizer.state_dict()
+        moments = {index: copied(f"moments {index}", entry) for index, entry in optimizer["state"].items()}
+        model, ema = copied("model", self.flow.network.state_dict()), copied("ema", self.ema.network.state_dict())
+        self._snapshots.mark()
+        if first:
+            interval = {"steps": self.step.num_summed, "sums": sums.tolist(), "monitor": self.monitor.state_dict()}
+            writer.start(
                 self.finished,
-                model=self.flow.network.state_dict(),
-                ema=self.ema.network.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                meta=checkpoint_meta(
-                    self.config,
-                    self.source.fingerprint,
-                    {"steps": self.step.num_summed, "sums": sums.tolist(), "monitor": self.monitor.state_dict()},
-                ),
-                keep_last=self.config.train.keep_last,
+                ready=self._snapshots.ready,
+                model=model,
+                ema=ema,
+                optimizer={**optimizer, "state": moments},
+                meta=checkpoint_meta(self.config, self.source.fingerprint, interval),
             )
-            log.info(f"saved {path}")
-        self.processes.wait()
 
-    # --------------------------------------------------------------------------------------------
-    # Stopping early.
-
-    @contextmanager
-    def _graceful_stop(self) -> Iterator[None]:
-        def request(signum: int, frame: FrameType | None) -> None:
-            self._stop_requested = True
-            # A second signal of the same kind ends the process at once.
-            signal.signal(signum, previous[signum])
-
-        previous = {int(signum): signal.signal(signum, request) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-    def _should_stop(self) -> bool:
-        if self.processes.world_size == 1:
-            return self._stop_requested
-        if self.finished % self.config.train.log_every:
-            return False
-        flag = torch.tensor(float(self._stop_requested), device=self.processes.device)
-        return self.processes.sum(flag).item() > 0
+    def _write_status(self, state: Literal["running", "complete", "stopped", "failed"], reason: str) -> None:
+        if self.processes.is_first:
+            self.folder.write_status(state, self.finished, reason)
 
 
 def configure_torch(engine: EngineConfig) -> None:

@@ -122,6 +122,12 @@ def attention_cases(B: int, T: int, num_heads: int, head_dim: int) -> list[Case]
     ]
 
 
+def large_difference_case(B: int, T: int, num_heads: int, head_dim: int) -> Case:
+    """Scores that move by hundreds, beyond what an exponential holds: other keys are attended to."""
+    qkv = randn(B, T, 3 * num_heads * head_dim)
+    return Case("attention_difference", (B, T, num_heads, head_dim), flat(qkv, small(qkv, 30.0)), (num_heads,))
+
+
 def point_cases(B: int, M: int, *image: int) -> list[Case]:
     x, rows, shape = randn(B, *image), randn(B), (B, M, *image)
 
@@ -157,6 +163,7 @@ SMALL = [
     *attention_cases(2, 16, 2, 16),
     *attention_cases(1, 67, 1, 20),
     *attention_cases(1, 130, 2, 72),
+    large_difference_case(2, 20, 2, 16),
     *point_cases(5, 2, 3, 7),
     *point_cases(1, 1, 1),
     *point_cases(3, 3, 2, 5, 5),

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -24,7 +25,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from soflow import checkpoint
-from soflow.checkpoint import CheckpointError, infer_dit_shape, load, load_official, newest, save, save_official
+from soflow.checkpoint import (
+    CheckpointError,
+    Snapshots,
+    Writer,
+    infer_dit_shape,
+    load,
+    load_official,
+    newest,
+    save,
+    save_official,
+)
 from soflow.models import build_network
 
 ROOT = Path(__file__).parents[1]
@@ -34,13 +45,12 @@ OFFICIAL_MODELS = json.loads((GOLDEN / "official_models.json").read_text())
 FILES = ["model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json", "MANIFEST.json"]
 
 
-def write(root: Path, step: int, numel: int = 5, keep_last: int = 0) -> Path:
+def write(root: Path, step: int, numel: int = 5, keep_last: int = 0, keep_every: int = 0) -> Path:
     """A checkpoint whose every number is its step."""
     full = torch.full((numel,), float(step))
     optimizer = {"state": {0: {"step": torch.tensor(float(step)), "exp_avg": full}}, "param_groups": [{"lr": step}]}
-    return save(
-        root, step, model={"w": full}, ema={"w": full}, optimizer=optimizer, meta={"at": step}, keep_last=keep_last
-    )
+    kept = {"keep_last": keep_last, "keep_every": keep_every}
+    return save(root, step, model={"w": full}, ema={"w": full}, optimizer=optimizer, meta={"at": step}, **kept)
 
 
 def is_whole(folder: Path, step: int) -> bool:
@@ -165,6 +175,104 @@ def test_retention_keeps_the_newest_and_every_later_step(tmp_path: Path):
     assert names(tmp_path) == {"step-00000050", "step-00000090", "LATEST"}
 
 
+def test_milestones_are_kept_besides_the_newest(tmp_path: Path):
+    for step in (10, 20, 30, 40, 50):
+        write(tmp_path, step, keep_last=2, keep_every=20)
+    # 30 is one of the two newest that are no milestones
+    assert names(tmp_path) == {"step-00000020", "step-00000030", "step-00000040", "step-00000050", "LATEST"}
+
+
+# ---------------------------------------------------------------- saving beside the training
+
+
+def begin(writer: Writer, step: int, value: float = 0.0) -> None:
+    tensors = {"w": torch.full((3,), value)}
+    writer.start(step, ready=lambda: None, model=tensors, ema=tensors, optimizer={}, meta={})
+
+
+def test_a_writer_saves_what_it_is_given_and_says_so(tmp_path: Path):
+    saved: list[Path] = []
+    with Writer(tmp_path, 1, 4, saved.append) as writer:
+        for step in (4, 5, 6):
+            writer.wait()
+            begin(writer, step, float(step))
+    assert saved == [tmp_path / f"step-0000000{step}" for step in (4, 5, 6)]
+    assert names(tmp_path) == {"step-00000004", "step-00000006", "LATEST"}
+    assert load(saved[-1]).model["w"].tolist() == [6.0] * 3
+
+
+def test_a_writer_waits_for_the_copies_and_leaves_the_training_alone(tmp_path: Path):
+    copied, started = threading.Event(), threading.Event()
+    tensors = {"w": torch.zeros(3)}
+    with Writer(tmp_path, 0, 0, lambda path: None) as writer:
+
+        def ready() -> None:
+            started.set()
+            assert copied.wait(20)
+
+        writer.start(1, ready=ready, model=tensors, ema=tensors, optimizer={}, meta={})
+        assert started.wait(20)
+        assert not writer.failed
+        assert names(tmp_path) == set()
+        copied.set()
+        writer.wait()
+        assert names(tmp_path) == {"step-00000001", "LATEST"}
+
+
+def test_an_error_of_a_writer_is_seen_at_once_and_raised_once(tmp_path: Path):
+    (tmp_path / "file").write_text("kept")
+    with Writer(tmp_path / "file", 0, 0, lambda path: None) as writer:
+        begin(writer, 1)
+        deadline = time.monotonic() + 20
+        while not writer.failed:
+            assert time.monotonic() < deadline
+        with pytest.raises(CheckpointError, match="cannot save the checkpoint: .*file"):
+            writer.wait()
+        writer.wait()
+    with (
+        pytest.raises(CheckpointError, match="cannot save the checkpoint"),
+        Writer(tmp_path / "file", 0, 0, lambda path: None) as writer,
+    ):
+        begin(writer, 1)
+
+
+def test_an_error_of_the_training_comes_before_that_of_a_writer(tmp_path: Path):
+    (tmp_path / "file").write_text("kept")
+
+    def fail_while_writing() -> None:
+        with Writer(tmp_path / "file", 0, 0, lambda path: None) as writer:
+            begin(writer, 1)
+            raise KeyError("more important")
+
+    with pytest.raises(KeyError, match="more important"):
+        fail_while_writing()
+
+
+def test_a_snapshot_is_a_copy_in_memory_that_is_used_again():
+    snapshots = Snapshots()
+    weight = torch.arange(6.0).view(2, 3).t()
+    first = snapshots.take("w", weight)
+    weight.zero_()
+    assert first.tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert snapshots.take("w", weight) is first
+    assert first.eq(0).all()
+    assert snapshots.take("w", torch.zeros(4)).shape == (4,)
+    snapshots.mark()
+    snapshots.ready()
+
+
+def test_tensors_that_are_alone_in_their_memory_are_not_copied():
+    flat = torch.zeros(4)
+    alone = torch.zeros(2, 2)
+    separated = checkpoint.files.separate(
+        {"flat": flat, "view": flat.view(2, 2), "part": torch.zeros(9)[:3], "a": alone}
+    )
+    assert separated["a"].data_ptr() == alone.data_ptr()
+    assert len({tensor.data_ptr() for tensor in separated.values()}) == 4
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in separated.values())
+    assert separated["flat"].data_ptr() != flat.data_ptr()
+
+
 # ---------------------------------------------------------------- newest
 
 
@@ -249,7 +357,7 @@ def rewrite(folder: Path, file: str, content: bytes) -> None:
     """Replace a file and its entry in the manifest: what other software, or an attacker, could have written."""
     (folder / file).write_bytes(content)
     manifest = json.loads((folder / "MANIFEST.json").read_text())
-    manifest["files"][file] = checkpoint._fingerprint(folder / file)
+    manifest["files"][file] = checkpoint.files.fingerprint(folder / file)
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
 
 

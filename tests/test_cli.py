@@ -69,15 +69,8 @@ def refusal(capsys, *argv: object) -> str:
 def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit, match="^0$"):
         main(["--help"])
-    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == [
-        "train",
-        "sample",
-        "encode",
-        "convert",
-        "inspect",
-        "audit",
-        "doctor",
-    ]
+    commands = re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert commands == ["train", "sample", "encode", "convert", "inspect", "audit", "export", "doctor"]
 
 
 def test_help_of_train_lists_every_field_with_type_default_and_help(capsys):
@@ -255,7 +248,7 @@ def test_divergence_is_exit_code_1(recipe, capsys, monkeypatch):
 
 
 def test_a_stop_by_a_signal_is_exit_code_3(recipe, capsys, monkeypatch):
-    monkeypatch.setattr(trainer.Trainer, "_should_stop", lambda self: self.finished == 5)
+    monkeypatch.setattr(trainer.Trainer, "_heed", lambda self, votes, writer: self.finished == 5)
     assert main(["train", str(recipe)]) == 3
     assert "step 5, stopped, the same command continues it" in capsys.readouterr().out
     monkeypatch.undo()

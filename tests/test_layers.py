@@ -45,6 +45,7 @@ LAYERS = {
         "distributed",
         "doctor",
         "ema",
+        "export",
         "images",
         "log",
         "meters",
@@ -52,10 +53,12 @@ LAYERS = {
         "monitor",
         "official_config",
         "optim",
+        "sharding",
+        "watchdog",
         "vae",
     },
     4: {"assembly", "audit", "audit_report", "memory", "run_folder", "step", "trainer"},
-    5: {"arguments", "cli", "cli_data"},
+    5: {"arguments", "cli", "cli_data", "cli_trained"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
 OUTSIDE = {"bench", "tests", "train"}

@@ -246,10 +246,12 @@ def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
 
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
     """Weights, averages and the means of the log are those of the other steps; a run of nothing else stops."""
-    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=skip", "train.total_steps=9"), ALONE)
+    trainer = Trainer(
+        tiny.config(tmp_path, "optim.nonfinite=skip", "optim.max_bad_steps=3", "train.total_steps=9"), ALONE
+    )
     bias = trainer.flow.network.final_layer.linear.bias
     hook = bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished in (1, 6, 7, 8) else 1.0))
-    with pytest.raises(DivergedError, match="step 9: no gradient of the last 3 steps was finite"):
+    with pytest.raises(DivergedError, match=r"step 9: 3 step\(s\) in a row had no finite gradient"):
         trainer.fit()
     hook.remove()
     lines = metrics(trainer)
@@ -260,7 +262,92 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
         assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_checkpoint_is_hashed_once_when_it_is_continued(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path)
+    train(config, until=2)
+    hashed = []
+    fingerprint = checkpoint.steps.fingerprint
+    monkeypatch.setattr(checkpoint.steps, "fingerprint", lambda path: hashed.append(path.name) or fingerprint(path))
+    for resume in (None, tmp_path / "tiny" / "checkpoints" / "step-00000002"):
+        hashed.clear()
+        assert Trainer(config, ALONE, resume).finished == 2
+        assert sorted(hashed) == ["ema.safetensors", "meta.json", "model.safetensors", "optimizer.pt"]
+
+
+def test_a_save_that_fails_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
+    trainer = Trainer(tiny.config(tmp_path, "train.checkpoint_every=2", "train.total_steps=50"), ALONE)
+    trainer.fit(until=2)
+    done = threading.Event()
+
+    def refuse(*args, **keywords):
+        done.set()
+        raise checkpoint.CheckpointError("disk full")
+
+    monkeypatch.setattr(checkpoint.writer, "save", refuse)
+    run = Trainer._train_step
+
+    def step_of_a_large_model(self: Trainer) -> None:
+        run(self)
+        if self.finished > 4:
+            assert done.wait(20)
+            time.sleep(0.1)  # the thread has raised by then, too
+
+    monkeypatch.setattr(Trainer, "_train_step", step_of_a_large_model)
+    with pytest.raises(checkpoint.CheckpointError, match="disk full"):
+        trainer.fit()
+    assert trainer.finished == 5
+    assert [path.name for path in trainer.folder.checkpoints.glob("step-*")] == ["step-00000002"]
+    status = json.loads(trainer.folder.status.read_text())
+    assert status == {"state": "failed", "step": 5, "reason": "disk full"}
+
+
+def test_the_status_says_how_the_run_stands(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path)
+    trainer = Trainer(config, ALONE)
+    seen = []
+    run = Trainer._train_step
+    monkeypatch.setattr(Trainer, "_train_step", lambda self: (seen.append(self.folder.status.read_text()), run(self)))
+    trainer.fit(until=2)
+    assert {json.loads(text)["state"] for text in seen} == {"running"}
+    assert json.loads(trainer.folder.status.read_text()) == {"state": "stopped", "step": 2, "reason": ""}
+    trainer.fit()
+    assert json.loads(trainer.folder.status.read_text()) == {"state": "complete", "step": 8, "reason": ""}
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    train(tiny.config(tmp_path), until=2)
+    other = tmp_path / "tiny" / "checkpoints" / "step-00000002"
+    with pytest.raises(RunError, match=r"optim\.lr: 0\.001, 0\.5"):
+        Trainer(tiny.config(tmp_path, "name=other", "optim.lr=0.5"), ALONE, resume=other)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "step"])
+def test_a_bad_gradient_stops_the_run_as_configured(tmp_path, nonfinite):
+    config = tiny.config(tmp_path, f"optim.nonfinite={nonfinite}", "optim.max_bad_steps=2", "train.log_every=100")
+    trainer = Trainer(config, ALONE)
+    bias = trainer.flow.network.final_layer.linear.bias
+    bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished == 3 else 1.0))
+    allowed = 1 if nonfinite == "stop" else 2
+    with pytest.raises(DivergedError, match=rf"step {3 + allowed}: {allowed} step\(s\) in a row"):
+        trainer.fit()
+    finite = all(torch.isfinite(p).all() for p in trainer.flow.network.parameters())
+    assert finite == (nonfinite == "stop")
+
+
+def test_an_interval_without_a_finite_gradient_has_no_means(tmp_path):
+    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=skip"), ALONE)
+    bias = trainer.flow.network.final_layer.linear.bias
+    bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished < 3 else 1.0))
+    assert trainer.fit()
+    assert [(line["skipped_steps"], line["loss/total"] is None) for line in metrics(trainer)] == [
+        (3, True),
+        (0, False),
+        (0, False),
+    ]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_stops(tmp_path, signum):
     config = tiny.config(tmp_path / "parts", "train.total_steps=2000", "train.log_every=1000")
     trainer = Trainer(config, ALONE)

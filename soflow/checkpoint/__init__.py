@@ -1,0 +1,31 @@
+"""Checkpoints that survive kill -9, a full disk and flipped bits; and the official SoFlow `.pt` format."""
+
+from soflow.checkpoint.files import CheckpointError, replacing
+from soflow.checkpoint.official import (
+    DiTShape,
+    OfficialCheckpoint,
+    infer_dit_shape,
+    load_official,
+    save_official,
+)
+from soflow.checkpoint.steps import Checkpoint, load, newest, read, save, saved_steps, verify
+from soflow.checkpoint.writer import Snapshots, Writer
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "DiTShape",
+    "OfficialCheckpoint",
+    "Snapshots",
+    "Writer",
+    "infer_dit_shape",
+    "load",
+    "load_official",
+    "newest",
+    "read",
+    "replacing",
+    "save",
+    "save_official",
+    "saved_steps",
+    "verify",
+]

@@ -1,0 +1,219 @@
+"""The checkpoints of a run: one folder per saved step, with a manifest of hashes.
+
+A run keeps `<root>/step-00001000/` with model.safetensors, ema.safetensors, optimizer.pt, meta.json and MANIFEST.json
+(size and SHA-256 of the other four). Such a folder appears by one rename of a complete, synced `step-00001000.tmp/`;
+folders that end in `.tmp` are leftovers of an interrupted save. `<root>/LATEST` names the last folder written: a hint
+for people and scripts, which nothing here relies on. Pickles are read with weights_only=True, never otherwise. All
+tensors are whole, however many processes trained them and however they shared them out.
+"""
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from soflow.checkpoint.files import (
+    CheckpointError,
+    fingerprint,
+    load_pickle,
+    load_tensors,
+    replacing,
+    save_pickle,
+    separate,
+    sync,
+)
+
+FORMAT_VERSION = 1
+
+MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
+MANIFEST = "MANIFEST.json"
+LATEST = "LATEST"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What `load` returns: the state after `step` finished optimizer steps, all tensors on the CPU."""
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Any]  # as torch.optim.Optimizer.state_dict() gave it
+    meta: dict[str, Any]  # as given to `save`, after one trip through JSON
+
+
+def save(
+    root: Path,
+    step: int,
+    *,
+    model: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    keep_last: int = 0,
+    keep_every: int = 0,
+) -> Path:
+    """Write `root`/step-`step` completely or not at all, then delete all but the newest `keep_last` (0 keeps all).
+
+    Steps that `keep_every` divides do not count and are never deleted (0: there are none). Tensors of any device, dtype
+    and stride are stored as they are, those that share memory once each; `meta` must be JSON, where NaN and infinities
+    are allowed and come back. A folder of the same step is replaced; folders of later steps are left alone. Returns the
+    step folder. Raises CheckpointError where the disk refuses: the folders that stood there before still do, and
+    nothing partial is left.
+    """
+    folder = root / f"step-{step:08d}"
+    partial = folder.with_name(folder.name + ".tmp")
+    meta_text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "meta": meta}, indent=1)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob("step-*.tmp"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        save_file(separate(model), partial / MODEL)
+        save_file(separate(ema), partial / EMA)
+        save_pickle(dict(optimizer), partial / OPTIMIZER)
+        (partial / META).write_text(meta_text + "\n")
+        files = {name: fingerprint(partial / name) for name in (MODEL, EMA, OPTIMIZER, META)}
+        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
+        mode = (partial / META).stat().st_mode
+        for path in partial.iterdir():
+            path.chmod(mode)  # safetensors makes its files readable by the owner only
+            sync(path)
+        sync(partial)
+
+        replaced = _set_aside(folder) if folder.exists() else None
+        partial.rename(folder)
+        sync(root)
+        with replacing(root / LATEST) as latest:
+            latest.write_text(folder.name + "\n")
+        if replaced is not None:
+            shutil.rmtree(replaced)
+        if keep_last > 0:
+            older = [path for number, path in _step_folders(root) if number < step and not _is_kept(number, keep_every)]
+            for path in older[keep_last - 1 :]:
+                shutil.rmtree(_set_aside(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot save the checkpoint: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint in the step folder `path`, every file verified against its manifest; never falls back.
+
+    Raises CheckpointError naming the file, what was expected and what was found.
+    """
+    verify(path)
+    return read(path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint in the step folder `path`, which was verified before; its tensors are mapped from files.
+
+    Raises CheckpointError for what does not belong together, such as another step or a newer format.
+    """
+    files = _recorded_files(path)
+    try:
+        envelope = json.loads((path / META).read_text())
+        version, step, meta = int(envelope["format_version"]), int(envelope["step"]), dict(envelope["meta"])
+    except OSError as error:
+        raise CheckpointError(f"{path / META}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path / META}: expected format_version, step and meta: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it"
+        )
+    missing = [name for name in (MODEL, EMA, OPTIMIZER) if name not in files]
+    if missing:
+        raise CheckpointError(f"{path / MANIFEST}: lists no {missing[0]}, expected {MODEL}, {EMA} and {OPTIMIZER}")
+    number = _step_number(path)
+    if number is not None and number != step:
+        raise CheckpointError(f"{path}: holds step {step}, expected step {number} as the folder is called")
+    return Checkpoint(
+        step=step,
+        model=load_tensors(path / MODEL),
+        ema=load_tensors(path / EMA),
+        optimizer=load_pickle(path / OPTIMIZER),
+        meta=meta,
+    )
+
+
+def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
+    """Return the step folder of the highest step whose files match its manifest, or None where there is none.
+
+    Every folder passed over on the way is reported through `warn`, with the file and what is wrong with it.
+    """
+    for _, folder in _step_folders(root):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warn(f"passed over a damaged checkpoint: {error}")
+        else:
+            return folder
+    return None
+
+
+def saved_steps(root: Path) -> dict[int, Path]:
+    """Return the step folders below `root`, sound or not, by their number, the earliest first."""
+    return dict(reversed(_step_folders(root)))
+
+
+def _set_aside(folder: Path) -> Path:
+    # deleted under a name that no reader looks at: an interrupted deletion never looks like a damaged checkpoint
+    return folder.rename(folder.with_name(folder.name + ".old.tmp"))
+
+
+def _step_number(path: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d{8,})", path.name)
+    return int(match[1]) if match else None
+
+
+def _is_kept(step: int, keep_every: int) -> bool:
+    return keep_every > 0 and step % keep_every == 0
+
+
+def _step_folders(root: Path) -> list[tuple[int, Path]]:
+    # highest step first
+    paths = root.iterdir() if root.is_dir() else ()
+    numbered = [(number, path) for path in paths if (number := _step_number(path)) is not None]
+    return sorted(numbered, reverse=True)
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError, naming the file, unless all files of the step folder are as its manifest says."""
+    for name, expected in _recorded_files(folder).items():
+        try:
+            found = fingerprint(folder / name)
+        except OSError as error:
+            raise CheckpointError(f"{folder / name}: cannot be read: {error.strerror}") from error
+        for key in ("size", "sha256"):
+            if found[key] != expected[key]:
+                raise CheckpointError(
+                    f"{folder / name}: {key} {found[key]}, expected {expected[key]}: the file is damaged"
+                )
+
+
+def _recorded_files(folder: Path) -> dict[str, dict[str, Any]]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder, expected a checkpoint such as checkpoints/step-00001000")
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        recorded = {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in files.items()}
+    except OSError as error:
+        raise CheckpointError(f"{folder / MANIFEST}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: damaged, expected size and sha256 of each file") from error
+    if META not in recorded or any(Path(name).name != name for name in recorded):
+        raise CheckpointError(
+            f"{folder / MANIFEST}: damaged, expected names of files in this folder, {META} among them"
+        )
+    return recorded

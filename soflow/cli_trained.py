@@ -1,0 +1,104 @@
+"""`soflow audit` and `soflow export`: what a training left behind."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from soflow.arguments import Command, command_parser, numbers, positive
+
+DONE = 0
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow audit
+
+
+def _audit_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "audit",
+        "Take the slope that a run trained on apart, on the CPU: its finite difference against the exact derivative "
+        "(bias), and its arithmetic in several precisions against float64 (noise), as a function of the gap r. Prints "
+        "tables and writes audit.json and audit.png.",
+        "examples:\n"
+        "  soflow audit runs/digits                    the newest checkpoint\n"
+        "  soflow audit runs/digits --steps all        over training: all that train.keep_last left",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--steps", type=_steps, default="newest", metavar="all|newest|LIST", help="which checkpoints (default newest)"
+    )
+    parser.add_argument("--samples", type=positive, default=32, metavar="N", help="rows to measure (default 32)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="of data, noise and times (default 0)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write to (default RUN/audit)")
+    return parser
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from soflow import audit_report
+    from soflow.audit import audit
+    from soflow.config_file import load_config
+    from soflow.images import require_writable
+    from soflow.run_folder import RunFolder
+
+    found = audit(args.run, args.steps, args.samples, args.seed)
+    out = args.run / "audit" if args.out is None else args.out
+    out.mkdir(parents=True, exist_ok=True)
+    require_writable(out / "audit.json")
+    audits = list(tqdm(found, unit="checkpoint", file=sys.stderr, disable=None))
+    config = load_config(RunFolder(args.run).config)
+    about = {"run": config.name, "seed": args.seed, "samples": args.samples}
+    audit_report.save_json(out / "audit.json", audits, about)
+    audit_report.save_plot(out / "audit.png", audits, config.times.gap_init, config.times.gap_end)
+    print(f"{audit_report.table(audits)}\n\n{out / 'audit.json'}, {out / 'audit.png'}")
+    return DONE
+
+
+def _steps(text: str) -> str | list[int]:
+    return text if text in ("all", "newest") else numbers(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer from 0 to 10**18 - 1")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------------
+# soflow export
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "export",
+        "Write trained weights to a new folder: model.safetensors, config.json with the shape of the network, and a "
+        "model card. `soflow sample` reads it.",
+        None,
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="averaged weights, or those of the last step (default ema)",
+    )
+    return parser
+
+
+def _export(args: argparse.Namespace) -> int:
+    from soflow.export import write_export
+    from soflow.run_folder import read_trained
+
+    trained = read_trained(args.path, args.weights)
+    write_export(args.folder, trained)
+    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}")
+    return DONE
+
+
+COMMANDS = {
+    "audit": Command("say how wrong the slope of a run is, and why: bias or noise", _audit_parser, _audit),
+    "export": Command("write trained weights as safetensors, with a model card", _export_parser, _export),
+}

@@ -1,0 +1,132 @@
+"""Trained weights as others take them: model.safetensors, config.json and a model card, in one folder."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from soflow.checkpoint import CheckpointError
+from soflow.checkpoint.files import load_tensors, separate
+from soflow.config import FlowConfig, NetworkConfig
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+MODEL_CARD = """\
+---
+library_name: soflow
+tags: [solution-flow-model, one-step-generation{tags}]
+---
+
+# {name}
+
+A generator that turns noise into an image in one network call: the solution function f(x, t, s) of the flow ODE,
+trained by solution flow models ([arXiv 2512.15657](https://arxiv.org/abs/2512.15657)).
+
+| | |
+|---|---|
+| network | {name}, {millions:.1f} M parameters, {channels} x {size} x {size} |
+| classes | {classes} |
+| path, parameterization | {path}, {parameterization} |
+| weights | {weights} after {step} training steps |
+
+```python
+from pathlib import Path
+
+import torch
+from soflow import sample, sample_noise
+from soflow.run_folder import load_flow
+
+flow, step = load_flow(Path("."))
+noise, renoise = sample_noise(torch.arange(4), ({channels}, {size}, {size}), nfe=1)  # one seed per image
+images = sample(flow, {labels}, (4, {channels}, {size}, {size}), nfe=1, noise=noise, renoise=renoise)
+```
+
+or `soflow sample FOLDER --seeds 0-99 --grid samples.png`. `config.json` holds the shape of the network.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """Weights of a network, and what they belong to; kind: ema (averaged) or model (of the last step)."""
+
+    network: NetworkConfig
+    flow: FlowConfig
+    weights: Mapping[str, Tensor]
+    kind: str
+    step: int
+
+
+def write_export(folder: Path, trained: Trained) -> None:
+    """Write `folder`, which must not exist, completely or not at all.
+
+    Raises CheckpointError where there is something, or the disk refuses.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder}: got a {'folder' if folder.is_dir() else 'file'}, expected nothing there yet")
+    described = {
+        "format_version": FORMAT_VERSION,
+        "network": dataclasses.asdict(trained.network),
+        "flow": dataclasses.asdict(trained.flow),
+        "weights": trained.kind,
+        "step": trained.step,
+    }
+    partial = folder.with_name(folder.name + ".tmp")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(separate(trained.weights), partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (partial / CARD).write_text(_model_card(trained), encoding="utf-8")
+        mode = (partial / CARD).stat().st_mode
+        (partial / WEIGHTS).chmod(mode)  # safetensors makes its files readable by the owner only
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot export: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether `folder` looks like one that `write_export` made."""
+    return (folder / CONFIG).is_file()
+
+
+def read_export(folder: Path) -> Trained:
+    """Return what `write_export` wrote. Raises CheckpointError naming the file that is damaged, or newer."""
+    path = folder / CONFIG
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+        version = int(described["format_version"])
+        network, flow = NetworkConfig(**described["network"]), FlowConfig(**described["flow"])
+        kind, step = str(described["weights"]), int(described["step"])
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it")
+    return Trained(network=network, flow=flow, weights=load_tensors(folder / WEIGHTS), kind=kind, step=step)
+
+
+def _model_card(trained: Trained) -> str:
+    network = trained.network
+    return MODEL_CARD.format(
+        name=network.name,
+        tags=", class-conditional" if network.num_classes else "",
+        millions=sum(tensor.numel() for tensor in trained.weights.values()) / 1e6,
+        channels=network.in_channels,
+        size=network.input_size,
+        classes=network.num_classes or "none",
+        path=trained.flow.path,
+        parameterization=trained.flow.parameterization,
+        weights="averaged" if trained.kind == "ema" else "plain",
+        step=trained.step,
+        labels="torch.arange(4)" if network.num_classes else "None",
+    )
