@@ -35,7 +35,7 @@ from soflow.meters import peak_flops
 from soflow.objective import Batch
 
 GPU_MODELS = ("DiT-B/4", "DiT-B/2", "DiT-L/2", "DiT-XL/2")
-GPU_BATCH, CPU_BATCH = 256, 32
+GPU_BATCH, CPU_BATCH = 256, 16
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:

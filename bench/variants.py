@@ -32,7 +32,7 @@ optim: {betas: [0.9, 0.99]}
 """
 SMALL = (
     "name: DiT, input_size: 16, in_channels: 4, num_classes: 10, "
-    "patch_size: 2, hidden_size: 192, depth: 6, num_heads: 3"
+    "patch_size: 2, hidden_size: 384, depth: 4, num_heads: 6"
 )
 DECAY = 0.9999
 # two evaluations in float32 at r = 0.1 against difference propagation; TF32 and bf16 round a thousandfold coarser
