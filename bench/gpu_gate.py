@@ -1,4 +1,4 @@
-"""Everything in the project that needs a GPU, in one command of at most nine minutes.
+"""Everything in the project that needs a GPU, in one command of at most fifteen minutes.
 
     python -m bench.gpu_gate [--only STAGE] [--results FOLDER]
 
@@ -11,6 +11,8 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
     attention   bench.attention: ours against PyTorch's backends, the joint call against two evaluations
     optimizer   bench.optimizer: the update of every model against PyTorch's, the official loop and apex
+    step        bench.step: the step of B/4 and L/2 against the six-call step, plain and compiled, and MeanFlow's
+    memory      bench.memory: predicted activations of B/4 and L/2 against those the allocator gives out
     training    the digits for a few hundred steps on the GPU, losses and time: the fused ops, captured or not, and in
                 bf16, against the reference ops in float32
     data        bench.data and bench.encode: waiting for data behind DiT-B/2, decoding against Pillow
@@ -39,6 +41,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+GATE_MODELS = ("DiT-B/4", "DiT-L/2")
 TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_steps=300", "train.sample_every=0")
 # the trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
 TRAINING_TOLERANCE = 0.05
@@ -244,6 +247,43 @@ def data() -> Stage:
     return Stage("data", "passed" if fits else "failed", detail, figures=figures)
 
 
+def step() -> Stage:
+    """The step of a small and a large model against the straightforward ones."""
+    code, output, rows = rows_of("bench.step", limit_s=200)
+    if code != 0:
+        return Stage("step", "failed", last_line(output))
+    parts = []
+    for model in GATE_MODELS:
+        per_image = {row["variant"]: row["seconds"] / row["batch"] for row in rows if row["model"] == model}
+        engine = next(row for row in rows if row["model"] == model)
+        ratios = [f"{per_image[name] / per_image['engine']:.2f} times {name}" for name in per_image if name != "engine"]
+        mfu = f", MFU {engine['mfu']:.0%}" if "mfu" in engine else ""
+        parts.append(f"{model} at batch {engine['batch']}: {', '.join(ratios)}{mfu}")
+    return Stage("step", "passed", "; ".join(parts), figures={"rows": rows})
+
+
+def memory() -> Stage:
+    """Predicted and allocated memory of a small and a large model; a tenth apart is a failure."""
+    code, output, rows = rows_of("bench.memory", "--batch", "64", "--measure", limit_s=120)
+    if not rows:
+        return Stage("memory", "failed", last_line(output))
+    pairs = [(row["activations"], row["measured"]) for row in rows if row["measured"]]
+    apart = max((abs(predicted / measured - 1) for predicted, measured in pairs), default=0.0)
+    detail = f"{len(pairs)} of {len(rows)} variants measured, at most {apart:.1%} from the prediction"
+    return Stage("memory", "passed" if code == 0 else "failed", detail, figures={"rows": rows})
+
+
+def rows_of(module: str, *options: str, limit_s: int) -> tuple[int, str, list[dict[str, Any]]]:
+    """Return exit code, output and rows of a benchmark of the models of the gate."""
+    models = [text for model in GATE_MODELS for text in ("--model", model)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        code, output = run([sys.executable, "-m", module, *models, *options, "--json", str(file)], limit_s=limit_s)
+        print(output, flush=True)
+        rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    return code, output, rows
+
+
 STAGES: dict[str, Callable[[], Stage]] = {
     "extension": extension,
     "tests": tests,
@@ -251,6 +291,8 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "kernels": kernels,
     "attention": attention,
     "optimizer": optimizer,
+    "step": step,
+    "memory": memory,
     "training": training,
     "data": data,
 }

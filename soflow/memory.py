@@ -9,7 +9,8 @@ loses to fragmentation.
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +70,15 @@ class _FakeTensors(FakeTensorMode):
         return self
 
 
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within: tensors that are made have shape and dtype, but no memory; they are of the CPU."""
+    with _FakeTensors(), warnings.catch_warnings():
+        # copying a network asks its tensors for their addresses
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
+
+
 class _MomentsOnly:
     """To a step the optimizer, of which it holds what lives between updates: two moments."""
 
@@ -103,9 +113,7 @@ def count_steps(config: Config, image_shape: tuple[int, int, int], ops: ModuleTy
 
     fused_update: the update makes nothing but changes, as the CUDA extension's.
     """
-    with _FakeTensors(), CountMemory() as memory, warnings.catch_warnings():
-        # copying a network asks its tensors for their addresses
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+    with fake_tensors(), CountMemory() as memory:
         parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops)
         parts.step.optimizer = under_way = _MomentsOnly(parts.optimizer)  # type: ignore[assignment]
         parts.step(*sample_like(config, image_shape), 0)

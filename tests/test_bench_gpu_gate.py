@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +63,38 @@ def test_training_stage_compares_fused_with_reference(monkeypatch, tmp_path):
     stage = gpu_gate.training()
     assert stage.status == "passed", stage.detail
     assert stage.figures.keys() == set(gpu_gate.TRAININGS)
+
+
+STEP_ROWS = [
+    {
+        "model": model,
+        "variant": variant,
+        "batch": 64,
+        "seconds": seconds,
+        **({"mfu": 0.5} if variant == "engine" else {}),
+    }
+    for model in gpu_gate.GATE_MODELS
+    for variant, seconds in (("engine", 0.1), ("six calls", 0.25))
+]
+MEMORY_ROWS = [{"activations": 1.05, "measured": 1.0}, {"activations": 3.0, "measured": None}]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "detail"),
+    [
+        ("step", STEP_ROWS, "DiT-L/2 at batch 64: 2.50 times six calls, MFU 50%"),
+        ("memory", MEMORY_ROWS, "1 of 2 variants measured, at most 5.0% from the prediction"),
+    ],
+)
+def test_stages_of_a_step_read_what_their_benches_write(monkeypatch, name, rows, detail):
+    def pretended(command, limit_s):
+        Path(command[-1]).write_text(json.dumps({"rows": rows}), encoding="utf-8")
+        return 0, "done"
+
+    monkeypatch.setattr(gpu_gate, "run", pretended)
+    stage = gpu_gate.STAGES[name]()
+    assert stage.status == "passed"
+    assert detail in stage.detail
+    monkeypatch.setattr(gpu_gate, "run", lambda command, limit_s: (1, "no memory left"))
+    stage = gpu_gate.STAGES[name]()
+    assert (stage.status, stage.detail) == ("failed", "no memory left")
