@@ -8,13 +8,11 @@ is what the tensors of a step need at most (`soflow.memory`).
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 
 from bench.digits import balanced_labels, generate, read_metrics
 from bench.judge import DigitsJudge
+from bench.machine import machine
 from soflow.assembly import assemble
 from soflow.checkpoint import replacing
 from soflow.config import Config
@@ -108,12 +107,6 @@ def measure_costs(configs: Mapping[str, Config]) -> dict[str, dict[str, float]]:
             if number:
                 seconds[name].append((time.process_time() - start) / TIMED_STEPS)
     return {name: {"step_s": median(seconds[name]), "memory_mib": memory[name]} for name in configs}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on besides the code."""
-    packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
-    return {"machine": platform.machine(), "system": platform.system(), "python": platform.python_version(), **packages}
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -16,6 +16,8 @@ from soflow.run_folder import build_flow
 from soflow.sharding import shard_network
 from soflow.step import TrainingStep
 
+COMPILER = "inductor"
+
 
 class Training(NamedTuple):
     """flow: of the float32 weights.  ema: their average.  optimizer: moves them.  step: trains them by one batch."""
@@ -43,9 +45,17 @@ def assemble(config: Config, processes: Processes, ops: ModuleType) -> Training:
     ema.track(flow.network)
     working, shadows = (flow.network, {}) if sharded else working_copy(flow.network, precision)
     working.set_recompute(config.engine.recompute)
+    if config.engine.compile:
+        compile_calls(working)
     optimizer = build_optimizer(config.optim, flow.network.parameters(), [ema], shadows)
     computing = SolutionFlow(working, flow.path, flow.parameterization, flow.sampler)
     return Training(flow, ema, optimizer, TrainingStep(config, processes, computing, optimizer, ops))
+
+
+def compile_calls(network: Network) -> None:
+    """Send both calls of `network`, with and without a difference, through torch.compile."""
+    network.compile(backend=COMPILER)
+    network.forward_difference = torch.compile(network.forward_difference, backend=COMPILER)  # type: ignore[method-assign]
 
 
 def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:

@@ -278,6 +278,7 @@ class EngineConfig:
         Literal["auto", "on", "off"],
         "the whole step as one launch; auto: on one GPU, with the CUDA extension's optimizer",
     ] = "auto"
+    compile: Annotated[bool, "torch.compile of the network: for what has no kernel of ours"] = False
     recompute: Annotated[
         Literal["none", "norms", "blocks"],
         "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",

@@ -103,7 +103,7 @@ def predict_peak(config: Config, image_shape: tuple[int, int, int], device: torc
         config,
         train=dataclasses.replace(config.train, batch_size=-(-config.train.batch_size // world_size)),
         optim=dataclasses.replace(config.optim, backend="reference"),
-        engine=dataclasses.replace(config.engine, cuda_graph="off"),
+        engine=dataclasses.replace(config.engine, cuda_graph="off", compile=False),
     )
     return count_steps(config, image_shape, ops, fused_update)
 

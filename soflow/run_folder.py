@@ -29,7 +29,7 @@ FREE_FIELDS = {
     "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
     "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
-    "engine": ("cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
+    "engine": ("compile", "cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }
 
 

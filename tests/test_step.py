@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from soflow import capture
+from soflow import assembly, capture
 from soflow import step as step_module
 from soflow.assembly import Training, assemble
 from soflow.data import batch_indices, open_source
@@ -165,3 +165,17 @@ def test_capture_is_chosen_where_it_can_be(device, world_size, backend, obstacle
             ValueError, match=f"engine.cuda_graph: got 'on', expected 'auto' or 'off', because {obstacle}"
         ):
             step_module.choose_capture("on", *arguments)
+
+
+@pytest.mark.parametrize("settings", [(), ("engine.precision=bf16",), ("objective.lookahead=two_pass",)])
+def test_a_compiled_network_trains_the_same(tmp_path, monkeypatch, settings):
+    """Traced whole, and run as traced: what a compiler makes of it is its own."""
+    monkeypatch.setattr(assembly, "COMPILER", "aot_eager")
+    torch._dynamo.reset()
+    plain, source = training(tmp_path / "plain", *settings)
+    compiled, _ = training(tmp_path / "compiled", "engine.compile=true", *settings)
+    for number in range(3):
+        for parts in (plain, compiled):
+            parts.step(*samples(parts, source, number), number)
+    torch.testing.assert_close(compiled.step.sums, plain.step.sums, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
