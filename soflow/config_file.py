@@ -28,7 +28,7 @@ T = TypeVar("T")
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = _shorten.maxlong = 120
 
-_TYPE_TEXTS = {int: "an integer", float: "a number", str: "text", type(None): "null"}
+_TYPE_TEXTS = {bool: "true or false", int: "an integer", float: "a number", str: "text", type(None): "null"}
 
 
 class ConfigError(ValueError):
