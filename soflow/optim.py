@@ -25,6 +25,7 @@ KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "ra
 # settings of torch.optim's classes that choose how they compute, but not what
 FREE_SETTINGS = ("foreach", "fused", "capturable", "differentiable")
 GROUP_SETTINGS = ("params", "lr", "betas", "eps", "weight_decay")
+NORM_BLOCK = 1024
 FINISHED, SKIPPED = COUNTERS.index("finished"), COUNTERS.index("skipped")
 
 
@@ -425,13 +426,26 @@ class _Fused:
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all gradients, all shards of them, a scalar summed in float64; no host synchronisation."""
-    if not gradients:
+    """L2 norm over all gradients, all shards of them, a scalar summed in float64; no host synchronisation.
+
+    Relative to the largest element, so that no square leaves the range of its type, and in that type within blocks, too
+    short to lose anything: casting all to float64 takes three times as long.
+    """
+    parts = [part for part in map(local, gradients) if part.numel()]
+    if not parts:
         return torch.zeros(())
-    norms = torch._foreach_norm([local(gradient) for gradient in gradients], 2, dtype=torch.float64)
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
-    total = norm_over_shards(total, gradients[0])
+    extremes = torch.stack([extreme.to(parts[0].device) for part in parts for extreme in torch.aminmax(part)])
+    peak = extremes.abs().max().clamp(min=torch.finfo(extremes.dtype).tiny)
+    blocks = torch.cat([_block_norms(part) for part in torch._foreach_div(parts, peak)])
+    total = norm_over_shards(torch.linalg.vector_norm(blocks, dtype=torch.float64) * peak, gradients[0])
     return total.to(torch.promote_types(gradients[0].dtype, torch.float32))
+
+
+def _block_norms(values: Tensor) -> Tensor:
+    flat = values.flatten()
+    whole = len(flat) - len(flat) % NORM_BLOCK
+    blocks = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_BLOCK), dim=1)
+    return torch.cat((blocks, torch.linalg.vector_norm(flat[whole:]).view(1)))
 
 
 def _moments(
