@@ -19,7 +19,8 @@ from soflow import step as step_module
 from soflow import trainer as trainer_module
 from soflow.checkpoint import writer
 from soflow.cli import main
-from soflow.data import DataError, DigitsSource
+from soflow.data import DataError
+from soflow.data.feeder import Feeder
 from soflow.trainer import Trainer
 
 FAULT, RANK, STEP = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -59,15 +60,15 @@ def break_loss(last_step: float) -> None:
 
 
 def break_loader(action: Callable[[], Any]) -> None:
-    """Do `action` instead of reading the samples of the step in question."""
-    read = DigitsSource.read
+    """Do `action` instead of giving the batch of the step in question."""
+    give = Feeder.__next__
 
-    def faulty(self: Any, indices: Any) -> Any:
-        if HERE and trainers[0].finished == STEP:
+    def faulty(self: Any) -> Any:
+        if HERE and self.step == STEP:
             action()
-        return read(self, indices)
+        return give(self)
 
-    DigitsSource.read = faulty
+    Feeder.__next__ = faulty
 
 
 def fail() -> None:

@@ -283,6 +283,8 @@ def random_value(hint: typing.Any, rng: random.Random) -> typing.Any:
     if kind is str:
         word = "".join(rng.choice("a1-:#&*!%@`'\"\\[]{},?|> \t\n\u0085\u2028\u00e9\U0001f600~=.") for _ in range(6))
         return rng.choice([word, "1e-4", "null", "~", "", "0o17", "1_000", "2001-01-01", "true", "<<", ".nan", "- a"])
+    if kind is bool:
+        return rng.choice([True, False])
     if kind is int:
         return rng.choice([0, 1, 7, 2**40])
     if kind is float:
