@@ -14,6 +14,7 @@ def pretended_gpu(monkeypatch):
     """A machine whose GPU has a name; the stages are the tests' own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU 1")
+    monkeypatch.setattr(gpu_gate.Clock, "end", float("inf"))  # main() sets it
     monkeypatch.setattr(gpu_gate, "machine", lambda: {"gpu": "Test GPU 1", "commit": "0" * 40})
 
 
@@ -42,6 +43,23 @@ def test_a_failed_stage_decides_the_exit_code(statuses, code, pretended_gpu, mon
     assert [stage["figures"]["x"] for stage in result["stages"]] == list(range(len(statuses)))
     table = capsys.readouterr().out
     assert all(f"detail {i}" in table for i in range(len(statuses)))
+
+
+def test_what_there_is_no_time_for_is_skipped_and_named(pretended_gpu, monkeypatch, tmp_path):
+    """Neither a stage that the end of the time cuts off nor one after it has failed."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    def cut_off():
+        return Stage("long", "passed" if gpu_gate.run(sleep, limit_s=60)[0] == 0 else "failed", "")
+
+    monkeypatch.setattr(gpu_gate, "STAGES", {"long": cut_off, "next": lambda: pytest.fail("no time was left")})
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_gate", "--minutes", "0.02", "--results", str(tmp_path)])
+    assert gpu_gate.main() == 0
+    (file,) = tmp_path.iterdir()
+    stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
+    assert [(stage["status"], stage["detail"]) for stage in stages] == [
+        ("skipped", f"no time left: --only {name} makes up for it") for name in ("long", "next")
+    ]
 
 
 def test_a_command_is_cut_off_at_its_limit():
