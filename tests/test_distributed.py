@@ -48,10 +48,17 @@ def alone(tmp_path_factory) -> Path:
     return trainer.folder.path
 
 
-@pytest.fixture(scope="module", params=[(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp")])
+IN_PARTS = ("train.accumulation=2", "engine.recompute=blocks")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(2, "ddp"), (3, "ddp"), (2, "fsdp"), (3, "fsdp"), (2, "ddp", *IN_PARTS), (2, "fsdp", *IN_PARTS)],
+    ids=lambda param: "-".join(map(str, param)),
+)
 def shared(request, tmp_path_factory) -> Path:
-    num, parallel = request.param
-    return train(tmp_path_factory.mktemp(f"{parallel}-{num}"), num, f"engine.parallel={parallel}")
+    num, parallel, *overrides = request.param
+    return train(tmp_path_factory.mktemp(f"{parallel}-{num}"), num, f"engine.parallel={parallel}", *overrides)
 
 
 @pytest.mark.slow
