@@ -2,8 +2,9 @@
 
     python -m bench.gpu_gate [--only STAGE] [--minutes N] [--results FOLDER]
 
-Needs the repository, a GPU, and a Python with torch and triton; what else a stage wants and does not find is said in
-its line, and the stage counts as skipped. Stages, each in a process of its own with a limit of its own:
+Needs the repository, a GPU, and a Python with torch and triton; what else a stage wants and does not find (two small
+packages, msgspec and ruamel.yaml, are behind most) is said in its line, and the stage counts as skipped. Stages, each
+in a process of its own with a limit of its own:
 
     extension   the CUDA extension, built in place where nvcc, pybind11 and ninja are found
     tests       tests/gpu under pytest
@@ -15,7 +16,8 @@ its line, and the stage counts as skipped. Stages, each in a process of its own 
     memory      bench.memory: predicted activations of B/4 and L/2 against those the allocator gives out
     training    the digits for a few hundred steps on the GPU, losses and time: the fused ops, captured or not, and in
                 bf16, against the reference ops in float32
-    data        bench.data and bench.encode: waiting for data behind DiT-B/2, decoding against Pillow
+    data        bench.data: waiting for data behind DiT-B/2
+    encode      bench.encode: decoding by DALI against Pillow on all cores
 
 What the time does not suffice for is skipped and named: a second call with --only makes up for it. Prints a short table
 last and writes one JSON file, with machine, versions and commit, into bench/results/. Exits 1 when a stage failed, 2
@@ -44,6 +46,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 GATE_MODELS = ("DiT-B/4", "DiT-L/2")
+MODEL_OPTIONS = [text for model in GATE_MODELS for text in ("--model", model)]
+WATCHED_LOADERS = ("plain float16", "dali float16")
 TRAINING_OVERRIDES = ("engine.device=cuda", "engine.threads=null", "train.total_steps=300", "train.sample_every=0")
 # the trainings draw the same numbers; their losses part by rounding only, which training amplifies slowly
 TRAINING_TOLERANCE = 0.05
@@ -73,6 +77,14 @@ class Stage:
     detail: str
     seconds: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
+
+
+class BenchError(Exception):
+    """A benchmark that failed: the last line it said, and the figures it wrote all the same."""
+
+    def __init__(self, detail: str, figures: dict[str, Any]) -> None:
+        super().__init__(detail)
+        self.detail, self.figures = detail, figures
 
 
 class Clock:
@@ -125,9 +137,9 @@ def last_line(output: str) -> str:
 
 def extension() -> Stage:
     """The CUDA extension, built in place unless it can be imported."""
-    if find_spec("_soflow_C") is not None:
+    if is_installed("_soflow_C"):
         return Stage("extension", "passed", "installed")
-    missing = [name for name in ("setuptools", "pybind11", "ninja") if find_spec(name) is None]
+    missing = [name for name in ("setuptools", "pybind11", "ninja") if not is_installed(name)]
     if missing or (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
         return Stage("extension", "skipped", f"not installed: {', '.join(missing) or 'nvcc'}")
     code, output = run(
@@ -140,8 +152,6 @@ def extension() -> Stage:
 
 def tests() -> Stage:
     """tests/gpu under pytest."""
-    if find_spec("pytest") is None:
-        return Stage("tests", "skipped", "pytest is not installed")
     code, output = run([sys.executable, "-m", "pytest", "-q", "tests/gpu"], limit_s=200)
     print(output, flush=True)
     return Stage("tests", "passed" if code == 0 else "failed", last_line(output))
@@ -150,8 +160,8 @@ def tests() -> Stage:
 def sanitizer() -> Stage:
     """compute-sanitizer on the smallest cases of the tests."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None or find_spec("pytest") is None:
-        return Stage("sanitizer", "skipped", "compute-sanitizer or pytest is not installed")
+    if tool is None:
+        return Stage("sanitizer", "skipped", "not installed: compute-sanitizer")
     # the caching allocator would hide accesses beyond a tensor inside its blocks
     command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", tool, "--tool", "memcheck", "--error-exitcode", "9"]
     files = ["tests/gpu/test_kernels.py", "tests/gpu/test_multi_tensor.py"]
@@ -165,13 +175,7 @@ def sanitizer() -> Stage:
 
 def kernels() -> Stage:
     """Every fused op against eager PyTorch and torch.compile."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernels.json"
-        code, output = run([sys.executable, "-m", "bench.kernels", "--quick", "--json", str(file)], limit_s=150)
-        print(output, flush=True)
-        if code != 0:
-            return Stage("kernels", "failed", last_line(output))
-        figures = json.loads(file.read_text(encoding="utf-8"))
+    figures = figures_of("kernels", "--quick", limit_s=150)
     ratios = [row["compiled_ms"] / row["fused_ms"] for row in figures["rows"]]
     slower = sum(ratio < 1 for ratio in ratios)
     return Stage("kernels", "passed", f"{len(ratios)} rows, {slower} slower than torch.compile", figures=figures)
@@ -179,13 +183,7 @@ def kernels() -> Stage:
 
 def attention() -> Stage:
     """Ours against PyTorch's backends, and the joint call against two evaluations."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "attention.json"
-        code, output = run([sys.executable, "-m", "bench.attention", "--quick", "--json", str(file)], limit_s=100)
-        print(output, flush=True)
-        if code != 0:
-            return Stage("attention", "failed", last_line(output))
-        figures = json.loads(file.read_text(encoding="utf-8"))
+    figures = figures_of("attention", "--quick", limit_s=100)
     ahead = []
     for shape in {tuple(row["shape"]) for row in figures["attention"]}:
         ms = {
@@ -201,15 +199,7 @@ def attention() -> Stage:
 
 def optimizer() -> Stage:
     """The update of every model against PyTorch's, the official loop and apex."""
-    if find_spec("_soflow_C") is None:
-        return Stage("optimizer", "skipped", "the CUDA extension is not built")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "optimizer.json"
-        code, output = run([sys.executable, "-m", "bench.optimizer", "--json", str(file)], limit_s=120)
-        print(output, flush=True)
-        if code != 0:
-            return Stage("optimizer", "failed", last_line(output))
-        figures = json.loads(file.read_text(encoding="utf-8"))
+    figures = figures_of("optimizer", limit_s=120)
     models = {row["model"] for row in figures["rows"]}
     ms = {(row["model"], row["way"]): row["ms"] for row in figures["rows"]}
     of_copy = [row["of_copy"] for row in figures["rows"] if row["way"] == "fused"]
@@ -220,9 +210,6 @@ def optimizer() -> Stage:
 
 def training() -> Stage:
     """The digits on the GPU in several ways, from the same seed, against the reference ops."""
-    missing = [name for name in ("msgspec", "ruamel.yaml", "safetensors", "sklearn") if find_spec(name) is None]
-    if missing:
-        return Stage("training", "skipped", f"not installed: {', '.join(missing)}")
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in TRAININGS.items():
@@ -241,63 +228,52 @@ def training() -> Stage:
 
 
 def data() -> Stage:
-    """Loaders of latents behind DiT-B/2, which may wait 1 % of the time, and decoding against Pillow on all cores."""
-    missing = [name for name in ("h5py", "msgspec", "nvidia.dali") if not is_installed(name)]
-    if missing:
-        return Stage("data", "skipped", f"not installed: {', '.join(missing)}")
-    figures: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for module, options in (("data", ["--samples", "8192", "--seconds", "2"]), ("encode", [])):
-            file = Path(folder) / f"{module}.json"
-            command = [sys.executable, "-m", f"bench.{module}", "--device", "cuda", "--json", str(file), *options]
-            code, output = run(command, limit_s=150)
-            print(output, flush=True)
-            if code != 0:
-                return Stage("data", "failed", f"{module}: {last_line(output)}")
-            figures[module] = json.loads(file.read_text(encoding="utf-8"))
-    ours = {row["loader"]: row for row in figures["data"]["rows"] if not row["loader"].startswith("official")}
-    waiting = {name: ours[name]["waiting"] for name in ("plain float16", "dali float16")}
-    fits = max(waiting.values()) <= MAX_WAITING and figures["encode"]["ratio"] >= MIN_DECODING
-    shares = ", ".join(f"{name} waits {share:.1%}" for name, share in waiting.items())
-    detail = f"{shares}; decoding {figures['encode']['ratio']:.1f} times Pillow"
-    return Stage("data", "passed" if fits else "failed", detail, figures=figures)
+    """Loaders of latents behind DiT-B/2, which may wait 1 % of the time."""
+    figures = figures_of("data", "--device", "cuda", "--samples", "8192", "--seconds", "2", limit_s=150)
+    waiting = {row["loader"]: row["waiting"] for row in figures["rows"] if row["loader"] in WATCHED_LOADERS}
+    shares = ", ".join(f"{loader} waits {share:.1%}" for loader, share in waiting.items())
+    return Stage("data", "passed" if max(waiting.values()) <= MAX_WAITING else "failed", shares, figures=figures)
+
+
+def encode() -> Stage:
+    """Decoding by DALI against Pillow on all cores."""
+    figures = figures_of("encode", "--device", "cuda", limit_s=150)
+    status = "passed" if figures["ratio"] >= MIN_DECODING else "failed"
+    return Stage("encode", status, f"{figures['ratio']:.1f} times Pillow", figures=figures)
 
 
 def step() -> Stage:
     """The step of a small and a large model against the straightforward ones."""
-    code, output, rows = rows_of("bench.step", limit_s=200)
-    if code != 0:
-        return Stage("step", "failed", last_line(output))
+    figures = figures_of("step", *MODEL_OPTIONS, limit_s=200)
     parts = []
     for model in GATE_MODELS:
-        per_image = {row["variant"]: row["seconds"] / row["batch"] for row in rows if row["model"] == model}
-        engine = next(row for row in rows if row["model"] == model)
+        rows = [row for row in figures["rows"] if row["model"] == model]
+        per_image = {row["variant"]: row["seconds"] / row["batch"] for row in rows}
+        engine = rows[0]
         ratios = [f"{per_image[name] / per_image['engine']:.2f} times {name}" for name in per_image if name != "engine"]
         mfu = f", MFU {engine['mfu']:.0%}" if "mfu" in engine else ""
         parts.append(f"{model} at batch {engine['batch']}: {', '.join(ratios)}{mfu}")
-    return Stage("step", "passed", "; ".join(parts), figures={"rows": rows})
+    return Stage("step", "passed", "; ".join(parts), figures=figures)
 
 
 def memory() -> Stage:
-    """Predicted and allocated memory of a small and a large model; a tenth apart is a failure."""
-    code, output, rows = rows_of("bench.memory", "--batch", "64", "--measure", limit_s=120)
-    if not rows:
-        return Stage("memory", "failed", last_line(output))
-    pairs = [(row["activations"], row["measured"]) for row in rows if row["measured"]]
-    apart = max((abs(predicted / measured - 1) for predicted, measured in pairs), default=0.0)
-    detail = f"{len(pairs)} of {len(rows)} variants measured, at most {apart:.1%} from the prediction"
-    return Stage("memory", "passed" if code == 0 else "failed", detail, figures={"rows": rows})
+    """Predicted and allocated memory of a small and a large model."""
+    figures = figures_of("memory", *MODEL_OPTIONS, "--batch", "64", "--measure", limit_s=120)
+    apart = [abs(row["activations"] / row["measured"] - 1) for row in figures["rows"] if row["measured"]]
+    detail = f"{len(apart)} of {len(figures['rows'])} variants measured, at most {max(apart, default=0):.1%} apart"
+    return Stage("memory", "passed", detail, figures=figures)
 
 
-def rows_of(module: str, *options: str, limit_s: int) -> tuple[int, str, list[dict[str, Any]]]:
-    """Return exit code, output and rows of a benchmark of the models of the gate."""
-    models = [text for model in GATE_MODELS for text in ("--model", model)]
+def figures_of(bench: str, *options: str, limit_s: int) -> dict[str, Any]:
+    """Return what `python -m bench.NAME` writes as JSON; BenchError where it ends with another exit code than 0."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        code, output = run([sys.executable, "-m", module, *models, *options, "--json", str(file)], limit_s=limit_s)
+        file = Path(folder) / "figures.json"
+        code, output = run([sys.executable, "-m", f"bench.{bench}", *options, "--json", str(file)], limit_s=limit_s)
         print(output, flush=True)
-        rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    return code, output, rows
+        figures: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if code != 0:
+        raise BenchError(last_line(output), figures)
+    return figures
 
 
 STAGES: dict[str, Callable[[], Stage]] = {
@@ -311,7 +287,33 @@ STAGES: dict[str, Callable[[], Stage]] = {
     "memory": memory,
     "training": training,
     "data": data,
+    "encode": encode,
 }
+# beyond torch, triton and numpy
+NEEDS = {
+    "tests": ("pytest",),
+    "sanitizer": ("pytest",),
+    "optimizer": ("_soflow_C",),
+    "step": ("msgspec", "ruamel.yaml"),
+    "memory": ("msgspec", "ruamel.yaml"),
+    "training": ("msgspec", "ruamel.yaml", "safetensors", "sklearn"),
+    "data": ("msgspec", "h5py"),
+    "encode": ("msgspec", "nvidia.dali"),
+}
+
+
+def carry_out(name: str) -> Stage:
+    """Return what came of the stage, which is skipped where the time is over or a package is missing."""
+    out_of_time = Stage(name, "skipped", f"no time left: --only {name} makes up for it")
+    if not Clock.left_s():
+        return out_of_time
+    if missing := [package for package in NEEDS.get(name, ()) if not is_installed(package)]:
+        return Stage(name, "skipped", f"not installed: {', '.join(missing)}")
+    try:
+        stage = STAGES[name]()
+    except BenchError as error:
+        stage = Stage(name, "failed", error.detail, figures=error.figures)
+    return out_of_time if stage.status == "failed" and not Clock.left_s() else stage
 
 
 def machine() -> dict[str, Any]:
@@ -344,22 +346,21 @@ def main() -> int:
         print("error: got no GPU, expected one: bench.gpu_gate runs what needs it", file=sys.stderr)
         return 2
     Clock.end = time.monotonic() + 60.0 * args.minutes
-    stages = []
-    for name in args.only or STAGES:
-        print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        out_of_time = Stage(name, "skipped", f"no time left: --only {name} makes up for it")
-        stage = STAGES[name]() if Clock.left_s() else out_of_time
-        if stage.status == "failed" and not Clock.left_s():
-            stage = out_of_time
-        stage.seconds = time.perf_counter() - start
-        stages.append(stage)
     now = datetime.now(timezone.utc)
-    result = {"time": now.isoformat(timespec="seconds"), **machine(), "stages": [asdict(stage) for stage in stages]}
+    result = {"time": now.isoformat(timespec="seconds"), **machine()}
     args.results.mkdir(parents=True, exist_ok=True)
     gpu = "-".join(torch.cuda.get_device_name().lower().split())
     file = args.results / f"gpu-gate-{gpu}-{now:%Y%m%d-%H%M%S}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stages: list[Stage] = []
+    for name in args.only or STAGES:
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        stage = carry_out(name)
+        stage.seconds = time.perf_counter() - start
+        stages.append(stage)
+        # after every stage: a gate that is cut off keeps what it has measured
+        whole = result | {"stages": [asdict(stage) for stage in stages]}
+        file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(f"\n{result['gpu']}, torch {torch.__version__}, {file}")
     for stage in stages:
         print(f"{stage.name:12}{stage.status:9}{stage.seconds:6.0f} s  {stage.detail}")

@@ -94,25 +94,75 @@ STEP_ROWS = [
     for model in gpu_gate.GATE_MODELS
     for variant, seconds in (("engine", 0.1), ("six calls", 0.25))
 ]
+KERNEL_ROWS = [{"compiled_ms": 2.0, "fused_ms": 1.0}, {"compiled_ms": 1.0, "fused_ms": 2.0}]
+ATTENTION_ROWS = [
+    {"shape": [256, 64, 12, 64], "way": way, "both_ms": both_ms} for way, both_ms in (("ours", 1.0), ("cudnn", 1.5))
+] + [{"shape": [256, 256, 16, 72], "way": "ours", "both_ms": 1.0}]
+OPTIMIZER_ROWS = [
+    {"model": "DiT-B/4", "way": way, "ms": ms, "of_copy": of_copy}
+    for way, ms, of_copy in (("fused", 1.0, 0.85), ("torch", 1.25, 0.6))
+]
 MEMORY_ROWS = [{"activations": 1.05, "measured": 1.0}, {"activations": 3.0, "measured": None}]
+LOADER_ROWS = [{"loader": "official 2", "waiting": 0.5}, {"loader": "plain float16", "waiting": 0.001}]
+
+
+@pytest.fixture
+def pretended_bench(monkeypatch):
+    """Return a function that lets every benchmark end with an exit code and write figures."""
+
+    def pretend(code, figures):
+        def run(command, limit_s):
+            Path(command[-1]).write_text(json.dumps(figures), encoding="utf-8")
+            return code, "a line\nthe last line\n"
+
+        monkeypatch.setattr(gpu_gate, "run", run)
+        monkeypatch.setattr(gpu_gate, "NEEDS", {})
+
+    return pretend
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "detail"),
+    ("name", "figures", "detail"),
     [
-        ("step", STEP_ROWS, "DiT-L/2 at batch 64: 2.50 times six calls, MFU 50%"),
-        ("memory", MEMORY_ROWS, "1 of 2 variants measured, at most 5.0% from the prediction"),
+        ("kernels", {"rows": KERNEL_ROWS}, "2 rows, 1 slower than torch.compile"),
+        ("attention", {"attention": ATTENTION_ROWS}, "times the best of PyTorch: 256x72 alone, 64x64 1.50"),
+        ("optimizer", {"rows": OPTIMIZER_ROWS}, "at least 85% of copy bandwidth and 1.25 times torch's fused"),
+        ("step", {"rows": STEP_ROWS}, "DiT-L/2 at batch 64: 2.50 times six calls, MFU 50%"),
+        ("memory", {"rows": MEMORY_ROWS}, "1 of 2 variants measured, at most 5.0% apart"),
+        ("data", {"rows": LOADER_ROWS}, "plain float16 waits 0.1%"),
+        ("encode", {"ratio": 3.5}, "3.5 times Pillow"),
     ],
 )
-def test_stages_of_a_step_read_what_their_benches_write(monkeypatch, name, rows, detail):
-    def pretended(command, limit_s):
-        Path(command[-1]).write_text(json.dumps({"rows": rows}), encoding="utf-8")
-        return 0, "done"
-
-    monkeypatch.setattr(gpu_gate, "run", pretended)
-    stage = gpu_gate.STAGES[name]()
-    assert stage.status == "passed"
+def test_a_stage_says_what_its_bench_wrote(name, figures, detail, pretended_bench):
+    pretended_bench(0, figures)
+    stage = gpu_gate.carry_out(name)
+    assert (stage.status, stage.figures) == ("passed", figures)
     assert detail in stage.detail
-    monkeypatch.setattr(gpu_gate, "run", lambda command, limit_s: (1, "no memory left"))
-    stage = gpu_gate.STAGES[name]()
-    assert (stage.status, stage.detail) == ("failed", "no memory left")
+    pretended_bench(1, figures)
+    assert gpu_gate.carry_out(name) == Stage(name, "failed", "the last line", figures=figures)
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [("data", {"rows": [{"loader": "dali float16", "waiting": 0.02}]}), ("encode", {"ratio": 2.5})],
+)
+def test_a_missed_target_fails(name, figures, pretended_bench):
+    pretended_bench(0, figures)
+    assert gpu_gate.carry_out(name).status == "failed"
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(gpu_gate, "NEEDS", {"step": ("torch", "no_such_package", "no.such_module")})
+    assert gpu_gate.carry_out("step") == Stage("step", "skipped", "not installed: no_such_package, no.such_module")
+
+
+def test_a_broken_off_gate_keeps_what_it_measured(pretended_gpu, monkeypatch, tmp_path):
+    def broken():
+        raise KeyError("both_ms")
+
+    monkeypatch.setattr(gpu_gate, "STAGES", {"first": lambda: Stage("first", "passed", "done"), "second": broken})
+    monkeypatch.setattr(sys, "argv", ["bench.gpu_gate", "--results", str(tmp_path)])
+    with pytest.raises(KeyError):
+        gpu_gate.main()
+    (file,) = tmp_path.iterdir()
+    assert [stage["name"] for stage in json.loads(file.read_text(encoding="utf-8"))["stages"]] == ["first"]

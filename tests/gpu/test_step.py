@@ -1,6 +1,10 @@
 """The whole step on a GPU: captured as one graph it is the eager one, and it never waits for the device."""
 
 import pytest
+
+pytest.importorskip("msgspec")
+pytest.importorskip("ruamel.yaml")
+
 import tiny
 import torch
 
