@@ -18,6 +18,7 @@ time says more than samples/s.
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -173,6 +174,7 @@ def measure(loader: str, root: Path, device: torch.device, seconds: float) -> Me
     """Return what one loader does in this process: first alone, then behind a computation."""
     torch.set_num_threads(1)
     torch.zeros(1, device=device)
+    importlib.import_module({"official": "h5py", "plain": "numpy", "dali": "nvidia.dali"}[loader.split()[0]])
     before = private_mib()
     warmup = json.loads((root / "float16" / "manifest.json").read_text())["n"] // BATCH
     stream = batches(loader, root, device)

@@ -211,7 +211,8 @@ class DaliFeeder(Feeder):
             batch_size=len(self.order.positions),
             num_threads=1,
             device_id=self.device.index or 0 if on_gpu else None,
-            prefetch_queue_depth=self._depth,
+            # without a GPU there is nowhere to copy ahead to, and the thread reads ahead already
+            prefetch_queue_depth=self._depth if on_gpu else 1,
         )
         with pipeline:
             ndim = len(self.source.stored_shape)
