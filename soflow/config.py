@@ -292,7 +292,7 @@ class EngineConfig:
     compile: Annotated[bool, "torch.compile of the network: for what has no kernel of ours"] = False
     recompute: Annotated[
         Literal["none", "norms", "blocks"],
-        "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",
+        "what backward computes again instead of keeping it: norms, GELU and SiLU, or all of each block",
     ] = "none"
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
     parallel: Annotated[
