@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from bench.trainings import Variant, compare
-from soflow.flow import Sampler
+from soflow.config import Sampler
 
 GAP_END = "times.gap_end=0.0003125"
 ONE_STEP: tuple[tuple[Sampler, tuple[int, ...]], ...] = (("renoise", (1,)),)

@@ -1,10 +1,11 @@
-"""What every kernel needs of the hardware: registers, shared memory, spills, compiled for sm_80, sm_90 and sm_100.
+"""What every kernel needs of the hardware: registers, shared memory, spills, and how wide it reads and writes.
 
     python -m bench.resources [--json] [--only NAME]
 
 Needs Triton but no GPU: the launchers run on tensors without storage, at the shapes of the official models, and what
-they would launch is compiled instead. A row per kernel, shape and architecture; exits 1 when a kernel spills, or needs
-more shared or tensor memory than a program may have.
+they would launch is compiled instead, for sm_80, sm_90 and sm_100. A row per kernel, shape and architecture; exits 1
+when a kernel spills, needs more shared or tensor memory than a program may have, or moves more than a quarter of its
+bytes by accesses below 16 bytes, as it would when Triton can no longer tell that a tensor's rows are aligned.
 """
 
 import argparse
@@ -43,6 +44,14 @@ SHAPES = {
     "DiT-XL/2": (256, 1152, 16),
 }
 LATENT = (4, 32, 32)
+# a number or three per row, which no thread can access 16 bytes of
+FEW_NUMBERS = "1 and 3 per row"
+WIDE = 16
+# bytes of scalars that a program may load beside its rows: the keys of a draw, three of 8 bytes
+SCALARS = 24
+# accesses of global memory in PTX: width and bits of loads and stores, bytes of asynchronous copies
+ACCESS = re.compile(r"\b(?:ld|st)\.[\w.:]*?global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b")
+COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)")
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -65,7 +74,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas reports for one kernel, shape and architecture.  shared: bytes; spills: bytes of local memory."""
+    """What the compiler says of one kernel, shape and architecture.
+
+    shared: bytes; spills: bytes of local memory.  moved: bytes that a thread loads from global memory or stores there,
+    every instruction counted once; narrow: those of them by accesses below 16 bytes, scalars of a row included.
+    """
 
     kernel: str
     shape: str
@@ -74,6 +87,8 @@ class Resources:
     shared: int
     spills: int
     tensor_memory: int
+    moved: int
+    narrow: int
 
 
 class _Recorder:
@@ -161,14 +176,20 @@ def launch_network(T: int, D: int, num_heads: int) -> None:
     activation._launch_silu_difference(da.contiguous(), da.contiguous())
 
 
+def launch_few_numbers() -> None:
+    """Call the launchers that draw what a row needs beside its noise: times, and whether to drop the label."""
+    keys = torch.empty(BATCH_SIZE, device="meta", dtype=torch.int64)
+    point._launch_uniform(keys, keys, 3, keys, 1)
+    point._launch_normal(keys, keys, 2, keys, 3)
+
+
 def launch_point() -> None:
     """Call every launcher of the training point and the loss, at the shape of the latents, in fp32."""
     x = torch.empty(BATCH_SIZE, *LATENT, device="meta")
     d = torch.empty(NUM_CONSISTENCY, *LATENT, device="meta")
     rows = torch.empty(BATCH_SIZE, device="meta")
     keys = torch.empty(BATCH_SIZE, device="meta", dtype=torch.int64)
-    point._launch_uniform(keys, keys, 3, keys, 1)
-    point._launch_normal(keys, keys, 2, keys, 3)
+    point._launch_uniform(keys, keys, 3, keys, x[0].numel())
     point._launch_normal(keys, keys, 2, keys, x[0].numel())
     point._launch_draw(x, x, keys, keys, keys)
     point._launch_interpolate(x, x, rows, rows, rows, rows)
@@ -180,8 +201,8 @@ def launch_point() -> None:
         loss._launch_solution_loss(x.to(dtype), d.to(dtype), x, x, table, 1.0, 0.01)
 
 
-def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int]:
-    """Return registers, bytes of shared memory, bytes of spills and tensor memory of a launch on sm_`arch`."""
+def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
+    """Return what `Resources` has in numbers, of a launch on sm_`arch`."""
     names = [name for name, _ in launch.signature]
     source = ASTSource(
         launch.kernel,
@@ -195,8 +216,21 @@ def compile_launch(launch: Launch, arch: int) -> tuple[int, int, int, int]:
         file.flush()
         report = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout)}
-    spills = usage["STACK"] + usage["LOCAL"]
-    return usage["REG"], compiled.metadata.shared, spills, getattr(compiled.metadata, "tmem_size", None) or 0
+    sizes = access_sizes(compiled.asm["ptx"])
+    return {
+        "registers": usage["REG"],
+        "shared": compiled.metadata.shared,
+        "spills": usage["STACK"] + usage["LOCAL"],
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "moved": sum(sizes),
+        "narrow": sum(size for size in sizes if size < WIDE),
+    }
+
+
+def access_sizes(ptx: str) -> list[int]:
+    """Return the bytes of each access of a thread to global memory that there is in the code."""
+    sizes = [int(width or 1) * int(bits) // 8 for width, bits in ACCESS.findall(ptx)]
+    return sizes + [int(size, 0) for size in COPY.findall(ptx)]
 
 
 def _cuobjdump() -> str:
@@ -210,6 +244,7 @@ def measure(only: str = "") -> list[Resources]:
         for name, shape in SHAPES.items()
     }
     runs["latents 4x32x32"] = launch_point
+    runs[FEW_NUMBERS] = launch_few_numbers
     shapes: dict[Launch, list[str]] = {}
     for shape, run in runs.items():
         with recorded_launches() as launches:
@@ -218,14 +253,14 @@ def measure(only: str = "") -> list[Resources]:
             if only in launch.kernel.__name__ and shape not in shapes.setdefault(launch, []):
                 shapes[launch].append(shape)
     return [
-        Resources(launch.kernel.__name__, ", ".join(names), f"sm_{arch}", *compile_launch(launch, arch))
+        Resources(launch.kernel.__name__, ", ".join(names), f"sm_{arch}", **compile_launch(launch, arch))
         for launch, names in shapes.items()
         for arch in ARCHITECTURES
     ]
 
 
 def failures(rows: list[Resources]) -> list[str]:
-    """Return a line for every row that spills or needs more than the architecture has."""
+    """Return a line for every row that spills, needs more than the architecture has or is mostly narrow."""
     lines = []
     for row in rows:
         limit = SHARED_LIMIT[int(row.arch.removeprefix("sm_"))]
@@ -233,6 +268,7 @@ def failures(rows: list[Resources]) -> list[str]:
             ("spills", row.spills, 0),
             ("shared", row.shared, limit),
             ("tensor_memory", row.tensor_memory, TENSOR_MEMORY_LIMIT),
+            ("narrow", row.narrow, row.moved if row.shape == FEW_NUMBERS else max(SCALARS, row.moved // 4)),
         ):
             if value > allowed:
                 lines.append(f"{row.kernel}, {row.shape}, {row.arch}: {name} {value}, expected at most {allowed}")
@@ -249,9 +285,10 @@ def main() -> int:
     if args.json:
         print(json.dumps([{**asdict(row), "triton": triton.__version__} for row in rows], indent=1))
     else:
-        print(f"{'kernel':42}{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}  shape")
+        numbers = ("registers", "shared", "spills", "moved", "narrow")
+        print(f"{'kernel':42}{'arch':8}" + "".join(f"{name:>10}" for name in numbers) + "  shape")
         for row in rows:
-            print(f"{row.kernel:42}{row.arch:8}{row.registers:10}{row.shared:8}{row.spills:8}  {row.shape}")
+            print(f"{row.kernel:42}{row.arch:8}" + "".join(f"{getattr(row, n):10}" for n in numbers) + f"  {row.shape}")
     bad = failures(rows)
     print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
     return 1 if bad else 0

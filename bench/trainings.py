@@ -24,11 +24,10 @@ from bench.judge import DigitsJudge
 from bench.machine import machine
 from soflow.assembly import assemble
 from soflow.checkpoint import replacing
-from soflow.config import Config
+from soflow.config import Config, Sampler
 from soflow.config_file import load_config
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
-from soflow.flow import Sampler
 from soflow.memory import predict_peak
 from soflow.run_folder import load_flow, training_ops
 

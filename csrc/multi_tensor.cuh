@@ -74,9 +74,23 @@ __device__ Pack<float, W> load(const float* from, int64_t i) {
   return *reinterpret_cast<const Pack<float, W>*>(from + i);
 }
 
+// By the instruction, for what is written once and not read soon: of an assignment nvcc makes a store per element.
 template <int W>
 __device__ void store(float* to, int64_t i, const Pack<float, W>& value) {
-  *reinterpret_cast<Pack<float, W>*>(to + i) = value;
+  if constexpr (W == 4) {
+    __stcs(reinterpret_cast<float4*>(to + i), make_float4(value.x[0], value.x[1], value.x[2], value.x[3]));
+  } else {
+    to[i] = value.x[0];
+  }
+}
+
+template <int W>
+__device__ void store(uint16_t* to, int64_t i, const Pack<uint16_t, W>& value) {
+  if constexpr (W == 4) {
+    __stcs(reinterpret_cast<ushort4*>(to + i), make_ushort4(value.x[0], value.x[1], value.x[2], value.x[3]));
+  } else {
+    to[i] = value.x[0];
+  }
 }
 
 template <int W>
@@ -188,7 +202,7 @@ __device__ double update_range(const Work& work, uint64_t tagged, int64_t begin,
         Pack<uint16_t, W> bits;
 #pragma unroll
         for (int k = 0; k < W; ++k) bits.x[k] = to_bf16(w.x[k]);
-        *reinterpret_cast<Pack<uint16_t, W>*>(record.shadow + i) = bits;
+        store<W>(record.shadow, i, bits);
       }
     }
     if (work.num_moving > 0) move<W>(work.moving[0], i, average, w);

@@ -16,7 +16,7 @@ from torch import Tensor
 from soflow.kernels import reference
 from soflow.kernels.library import check, register
 from soflow.kernels.math import expm1, log1p
-from soflow.kernels.self_attention import check_packed, load_block
+from soflow.kernels.self_attention import check_packed, load_block, store_block
 from soflow.kernels.tuning import MAX_HEAD_DIM, attention_difference_launch
 
 
@@ -48,15 +48,8 @@ def _attention_difference_kernel(
     BLOCK_T: tl.constexpr,
 ):
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base_q = sample * T * 3 * width + head * HEAD_DIM
-    base_k = base_q + width
-    base_v = base_k + width
-
-    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
-    dq = load_block(dqkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
+    dq = load_block(dqkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     q_moved = _sum(q, dq)
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
@@ -65,8 +58,8 @@ def _attention_difference_kernel(
     z = tl.zeros((BLOCK_T,), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
-        dk = load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+        dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
         new_max = tl.maximum(row_max, tl.max(S, axis=1))
         shrink = tl.exp(row_max - new_max)
@@ -85,18 +78,17 @@ def _attention_difference_kernel(
     do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
-        dk = load_block(dqkv_ptr, base_k, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+        dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
         P = tl.exp(S - normaliser[:, None])
         g = dS - lz[:, None]
         dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S - normaliser[:, None] + g) - P)
-        v = load_block(qkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
-        dv = load_block(dqkv_ptr, base_v, keys, cols, 3 * width, T, HEAD_DIM)
+        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+        dv = load_block(dqkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         do += tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
         do += tl.dot(P.to(v.dtype), dv, input_precision="ieee")
-    offs = (sample * T + queries[:, None]) * width + head * HEAD_DIM + cols[None, :]
-    tl.store(do_ptr + offs, do, mask=(queries[:, None] < T) & (cols[None, :] < HEAD_DIM))
+    store_block(do_ptr, 0, 1, do, queries, T, H, HEAD_DIM, BLOCK_D)
 
 
 def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:

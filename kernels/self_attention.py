@@ -22,16 +22,44 @@ from soflow.kernels.tuning import attention_is_fused, attention_launch
 
 
 @triton.jit
-def load_block(ptr, base, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
-    """Tokens of one head, (BLOCK_T, BLOCK_D), zero beyond T and HEAD_DIM; base: offset of the head's first token."""
+def _places(ptr, part: tl.constexpr, parts: tl.constexpr, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to tokens of the program's head, (BLOCK_T, BLOCK_D), in (B, T, parts, H, d), and which of them exist."""
+    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    cols = tl.arange(0, BLOCK_D)
+    width = H * HEAD_DIM
+    base = sample * T * parts * width + head * HEAD_DIM + part * width
     mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
-    return tl.load(ptr + base + tokens[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    return ptr + base + tokens[:, None] * (parts * width) + cols[None, :], mask
 
 
 @triton.jit
-def _store_block(ptr, base, block, tokens, cols, stride, T, HEAD_DIM: tl.constexpr):
-    mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
-    tl.store(ptr + base + tokens[:, None] * stride + cols[None, :], block, mask=mask)
+def load_block(
+    ptr, part: tl.constexpr, parts: tl.constexpr, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Tokens of the program's head, (BLOCK_T, BLOCK_D), zero beyond T and HEAD_DIM; q, k, v are 0, 1, 2 of 3 parts."""
+    pointers, mask = _places(ptr, part, parts, tokens, T, H, HEAD_DIM, BLOCK_D)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_block(
+    ptr, part: tl.constexpr, parts: tl.constexpr, block, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """What `load_block` would load."""
+    pointers, mask = _places(ptr, part, parts, tokens, T, H, HEAD_DIM, BLOCK_D)
+    tl.store(pointers, block, mask=mask)
+
+
+@triton.jit
+def _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What backward needs of a block of queries: q, do, lse and delta = sum(do o)."""
+    do = load_block(do_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
+    o = load_block(o_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    # beyond T: exp(S - inf) = 0
+    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
+    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
+    return q, do, lse, delta
 
 
 @triton.jit
@@ -61,18 +89,14 @@ def _attention_fwd_kernel(
     BLOCK_T: tl.constexpr,
 ):
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base_q = sample * T * 3 * width + head * HEAD_DIM
-    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     normaliser = tl.zeros((BLOCK_T,), tl.float32)
     o = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
-        v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         S = tl.where(keys[None, :] < T, S, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(S, axis=1))
@@ -81,8 +105,7 @@ def _attention_fwd_kernel(
         normaliser = normaliser * shrink + tl.sum(P, axis=1)
         o = o * shrink[:, None] + tl.dot(P.to(v.dtype), v, input_precision="ieee")
         row_max = new_max
-    base_o = sample * T * width + head * HEAD_DIM
-    _store_block(o_ptr, base_o, o / normaliser[:, None], queries, cols, width, T, HEAD_DIM)
+    store_block(o_ptr, 0, 1, o / normaliser[:, None], queries, T, H, HEAD_DIM, BLOCK_D)
     lse_offs = tl.program_id(1).to(tl.int64) * T + queries
     tl.store(lse_ptr + lse_offs, row_max + tl.log(normaliser), mask=queries < T)
 
@@ -103,25 +126,16 @@ def _attention_bwd_few_kernel(
 ):
     """dq, dk and dv of all T <= BLOCK_T tokens of one head."""
     tokens = tl.arange(0, BLOCK_T)
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
-    do = load_block(do_ptr, base_o, tokens, cols, width, T, HEAD_DIM)
-    o = load_block(o_ptr, base_o, tokens, cols, width, T, HEAD_DIM)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    # beyond T: exp(S - inf) = 0
-    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + tokens, mask=tokens < T, other=float("inf"))
-    q = load_block(qkv_ptr, base_q, tokens, cols, 3 * width, T, HEAD_DIM)
-    k = load_block(qkv_ptr, base_q + width, tokens, cols, 3 * width, T, HEAD_DIM)
-    v = load_block(qkv_ptr, base_q + 2 * width, tokens, cols, 3 * width, T, HEAD_DIM)
+    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, tokens, T, H, HEAD_DIM, BLOCK_D)
+    k = load_block(qkv_ptr, 1, 3, tokens, T, H, HEAD_DIM, BLOCK_D)
+    v = load_block(qkv_ptr, 2, 3, tokens, T, H, HEAD_DIM, BLOCK_D)
     P = _probabilities(q, k, lse, tokens, T, scale)
     dv = tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
-    _store_block(dqkv_ptr, base_q + 2 * width, dv, tokens, cols, 3 * width, T, HEAD_DIM)
+    store_block(dqkv_ptr, 2, 3, dv, tokens, T, H, HEAD_DIM, BLOCK_D)
     dS = _score_gradient(P, do, v, delta, scale)
     dk = tl.dot(tl.trans(dS), q, input_precision="ieee")
-    _store_block(dqkv_ptr, base_q + width, dk, tokens, cols, 3 * width, T, HEAD_DIM)
-    _store_block(dqkv_ptr, base_q, tl.dot(dS, k, input_precision="ieee"), tokens, cols, 3 * width, T, HEAD_DIM)
+    store_block(dqkv_ptr, 1, 3, dk, tokens, T, H, HEAD_DIM, BLOCK_D)
+    store_block(dqkv_ptr, 0, 3, tl.dot(dS, k, input_precision="ieee"), tokens, T, H, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -140,26 +154,18 @@ def _attention_bwd_kv_kernel(
 ):
     """dk and dv of a block of keys."""
     keys = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
-    k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
-    v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+    k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
     dk = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
         queries = first + tl.arange(0, BLOCK_T)
-        do = load_block(do_ptr, base_o, queries, cols, width, T, HEAD_DIM)
-        o = load_block(o_ptr, base_o, queries, cols, width, T, HEAD_DIM)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-        lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
-        q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+        q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
         P = _probabilities(q, k, lse, keys, T, scale)
         dv += tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
         dk += tl.dot(tl.trans(_score_gradient(P, do, v, delta, scale)), q, input_precision="ieee")
-    _store_block(dqkv_ptr, base_q + width, dk, keys, cols, 3 * width, T, HEAD_DIM)
-    _store_block(dqkv_ptr, base_q + 2 * width, dv, keys, cols, 3 * width, T, HEAD_DIM)
+    store_block(dqkv_ptr, 1, 3, dk, keys, T, H, HEAD_DIM, BLOCK_D)
+    store_block(dqkv_ptr, 2, 3, dv, keys, T, H, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -178,23 +184,15 @@ def _attention_bwd_q_kernel(
 ):
     """dq of a block of queries."""
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base_q, base_o = sample * T * 3 * width + head * HEAD_DIM, sample * T * width + head * HEAD_DIM
-    do = load_block(do_ptr, base_o, queries, cols, width, T, HEAD_DIM)
-    o = load_block(o_ptr, base_o, queries, cols, width, T, HEAD_DIM)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
-    q = load_block(qkv_ptr, base_q, queries, cols, 3 * width, T, HEAD_DIM)
+    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
     dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, T, BLOCK_T):
         keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, base_q + width, keys, cols, 3 * width, T, HEAD_DIM)
-        v = load_block(qkv_ptr, base_q + 2 * width, keys, cols, 3 * width, T, HEAD_DIM)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         P = _probabilities(q, k, lse, keys, T, scale)
         dq += tl.dot(_score_gradient(P, do, v, delta, scale), k, input_precision="ieee")
-    _store_block(dqkv_ptr, base_q, dq, queries, cols, 3 * width, T, HEAD_DIM)
+    store_block(dqkv_ptr, 0, 3, dq, queries, T, H, HEAD_DIM, BLOCK_D)
 
 
 # --------------------------------------------------------------------------------------------------

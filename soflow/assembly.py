@@ -44,7 +44,7 @@ def assemble(config: Config, processes: Processes, ops: ModuleType) -> Training:
         ema.network.to(processes.device)
     ema.track(flow.network)
     working, shadows = (flow.network, {}) if sharded else working_copy(flow.network, precision)
-    working.set_recompute(config.engine.recompute)
+    working.recompute = config.engine.recompute
     if config.engine.compile:
         compile_calls(working)
     optimizer = build_optimizer(config.optim, flow.network.parameters(), [ema], shadows)

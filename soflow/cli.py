@@ -12,10 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from soflow import cli_data, cli_trained
 from soflow.arguments import Command, command_parser, file_name, numbers, positive
+from soflow.config import Sampler
 
 # What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
 if TYPE_CHECKING:
@@ -166,11 +167,12 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "sample",
         "Draw one image per seed. The classes take turns: image i has the i-th seed and class i modulo the number of "
-        "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class and --nfe, "
-        "not on the other images or the batch size.",
+        "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class, --nfe "
+        "and --sampler, not on the other images or the batch size.",
         "examples:\n"
         "  soflow sample runs/digits --seeds 0-99 --grid digits.png     10 images of each of 10 classes, a row each\n"
-        "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz",
+        "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz\n"
+        "  soflow sample runs/digits --nfe 4 --sampler chain --grid digits.png",
     )
     parser.add_argument(
         "path",
@@ -179,6 +181,12 @@ def _sample_parser() -> argparse.ArgumentParser:
         help="run folder (its newest checkpoint), step folder, exported folder, or official .pt file",
     )
     parser.add_argument("--nfe", type=positive, default=1, metavar="N", help="network calls per image (default 1)")
+    parser.add_argument(
+        "--sampler",
+        choices=get_args(Sampler),
+        help="how several calls make an image: from fresh noise each time, by solutions in a chain, or by steps of the "
+        "velocity, heun taking two calls each (default: flow.sampler of the configuration)",
+    )
     parser.add_argument("--classes", type=numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
     parser.add_argument(
         "--seeds", type=numbers, default="0-99", metavar="LIST", help="one per image, such as 0-99 (default 0-99)"
@@ -225,7 +233,7 @@ def _sample(args: argparse.Namespace) -> int:
     for path in filter(None, (args.grid, args.npz)):
         images.require_writable(path)
     device = resolve_device(args.device)
-    flow, step = load_flow(args.path, args.weights, device)
+    flow, step = load_flow(args.path, args.weights, device, args.sampler)
     network: Any = flow.network
     vae = None if network.in_channels in (1, 3) else load_vae(args.vae, device)
     if vae is not None and vae.channels != network.in_channels:
@@ -249,8 +257,8 @@ def _sample(args: argparse.Namespace) -> int:
         rows = pixels.reshape(columns, len(classes), *pixels.shape[1:]).swapaxes(0, 1) if classes else pixels
         images.save_png(args.grid, images.grid(rows.reshape(pixels.shape), columns))
     print(
-        f"{len(seeds)} images, {args.nfe} NFE, {args.weights} weights of step {step}, {seconds:.1f} s on {device}: "
-        + ", ".join(str(path) for path in (args.grid, args.npz) if path is not None)
+        f"{len(seeds)} images, {args.nfe} NFE by {flow.sampler}, {args.weights} weights of step {step}, "
+        f"{seconds:.1f} s on {device}: " + ", ".join(str(path) for path in (args.grid, args.npz) if path is not None)
     )
     return DONE
 

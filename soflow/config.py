@@ -8,10 +8,14 @@ YAML files and the overrides of the command line into these classes.
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 # the relative width of a power-function profile of exponent 0, a plain mean
 MAX_SIGMA_REL = 12**-0.5
+Sampler = Literal["renoise", "chain", "euler", "heun"]
+VELOCITY_SAMPLERS: tuple[Sampler, ...] = ("euler", "heun")
+# what each objective trains a network for: renoise and chain take solutions between two times
+SAMPLERS = {"soflow": get_args(Sampler), "meanflow": get_args(Sampler), "flow_matching": VELOCITY_SAMPLERS}
 # what an objective makes no use of, and must therefore be left as it is
 UNUSED = {
     "soflow": (),
@@ -42,6 +46,13 @@ def require(section: str, name: str, value: Any, valid: bool, expected: str) -> 
     if not valid:
         key = f"{section}.{name}" if section else name
         raise ValueError(f"{key}: got {value!r}, expected {expected}")
+
+
+def require_sampler(section: str, sampler: Sampler, objective: str) -> None:
+    """Raise ValueError unless a network trained by `objective` can be sampled by `sampler`, a field of `section`."""
+    able = SAMPLERS[objective]
+    expected = f"{' or '.join(able)}, which is what the objective {objective} trains for"
+    require(section, "sampler", sampler, sampler in able, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +95,7 @@ class FlowConfig:
         "euler"
     )
     sampler: Annotated[
-        Literal["renoise", "chain", "euler", "heun"],
+        Sampler,
         "samples in several calls: from fresh noise each time, by solutions in a chain, or by steps of the velocity",
     ] = "renoise"
 
@@ -281,7 +292,7 @@ class EngineConfig:
     compile: Annotated[bool, "torch.compile of the network: for what has no kernel of ours"] = False
     recompute: Annotated[
         Literal["none", "norms", "blocks"],
-        "what backward computes again instead of keeping it: modulated norms and GELU, or all of each block",
+        "what backward computes again instead of keeping it: norms, GELU and SiLU, or all of each block",
     ] = "none"
     threads: Annotated[int | None, "threads of the CPU; null leaves their number to PyTorch"] = None
     parallel: Annotated[
@@ -347,6 +358,6 @@ class Config:
             expected = f"auto or reference, {because}: fused kernels have no forward-mode derivative"
             require("engine", "ops", ops, has_derivative, expected)
         if name == "flow_matching":
-            ratio, sampler = self.objective.fm_ratio, flow.sampler
+            ratio = self.objective.fm_ratio
             require("objective", "fm_ratio", ratio, ratio == 1, f"1, {because}: every row trains the velocity")
-            require("flow", "sampler", sampler, sampler in ("euler", "heun"), f"euler or heun, {because}: no solutions")
+        require_sampler("flow", flow.sampler, name)

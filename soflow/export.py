@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate
-from soflow.config import FlowConfig, NetworkConfig
+from soflow.config import VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -54,10 +54,14 @@ or `soflow sample FOLDER --seeds 0-99 --grid samples.png`. `config.json` holds t
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """Weights of a network, and what they belong to; kind: ema (averaged) or model (of the last step)."""
+    """Weights of a network, and what they belong to.
+
+    objective: what trained them.  kind: ema (averaged) or model (of the last step).
+    """
 
     network: NetworkConfig
     flow: FlowConfig
+    objective: str
     weights: Mapping[str, Tensor]
     kind: str
     step: int
@@ -74,6 +78,7 @@ def write_export(folder: Path, trained: Trained) -> None:
         "format_version": FORMAT_VERSION,
         "network": dataclasses.asdict(trained.network),
         "flow": dataclasses.asdict(trained.flow),
+        "objective": trained.objective,
         "weights": trained.kind,
         "step": trained.step,
     }
@@ -105,6 +110,9 @@ def read_export(folder: Path) -> Trained:
         described = json.loads(path.read_text(encoding="utf-8"))
         version = int(described["format_version"])
         network, flow = NetworkConfig(**described["network"]), FlowConfig(**described["flow"])
+        # exports once did not say: no more than their own sampler promises
+        objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
+        require_sampler("flow", flow.sampler, objective)
         kind, step = str(described["weights"]), int(described["step"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
@@ -112,7 +120,8 @@ def read_export(folder: Path) -> Trained:
         raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(f"{path}: format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it")
-    return Trained(network=network, flow=flow, weights=load_tensors(folder / WEIGHTS), kind=kind, step=step)
+    weights = load_tensors(folder / WEIGHTS)
+    return Trained(network=network, flow=flow, objective=objective, weights=weights, kind=kind, step=step)
 
 
 def _model_card(trained: Trained) -> str:

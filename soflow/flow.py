@@ -1,14 +1,13 @@
 """The solution function of the flow ODE, made of a network, a path and a parameterization."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
+from soflow.config import Sampler
 from soflow.kernels import reference
 from soflow.models.network import Network
 from soflow.paths import Parameterization, Path, solution_coefficients, velocity_factor
-
-Sampler = Literal["renoise", "chain", "euler", "heun"]
 
 
 class SolutionFlow(nn.Module):

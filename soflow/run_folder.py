@@ -16,7 +16,7 @@ import torch
 
 from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
-from soflow.config import Config, FlowConfig, NetworkConfig
+from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.export import Trained, is_export, read_export
 from soflow.flow import SolutionFlow
@@ -134,13 +134,20 @@ def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> Sol
 
 
 def load_flow(
-    path: Path, weights: Literal["ema", "model"] = "ema", device: torch.device | str = "cpu"
+    path: Path,
+    weights: Literal["ema", "model"] = "ema",
+    device: torch.device | str = "cpu",
+    sampler: Sampler | None = None,
 ) -> tuple[SolutionFlow, int]:
     """Load a trained flow, in eval mode and without gradients, and the number of its training steps.
 
-    path: as for `read_trained`, which says what is raised.
+    path: as for `read_trained`, which says what is raised.  sampler: None is that of the configuration; ValueError for
+    one that needs what the network was not trained for.
     """
     trained = read_trained(path, weights)
+    if sampler is not None:
+        require_sampler("", sampler, trained.objective)
+        trained = dataclasses.replace(trained, flow=dataclasses.replace(trained.flow, sampler=sampler))
     flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)))
     flow.network.load_state_dict(dict(trained.weights))
     return flow.to(device).requires_grad_(False).eval(), trained.step
@@ -157,7 +164,9 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         official = checkpoint.load_official(path)
         state = official.ema if weights == "ema" else official.model
         network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(state))
-        return Trained(network=network, flow=FlowConfig(), weights=state, kind=weights, step=official.step)
+        return Trained(
+            network=network, flow=FlowConfig(), objective="soflow", weights=state, kind=weights, step=official.step
+        )
     if is_export(path):
         return read_export(path)
     if RunFolder(path).config.exists():
@@ -168,7 +177,14 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
     saved = checkpoint.read(step_folder)
     config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
     state = saved.ema if weights == "ema" else saved.model
-    return Trained(network=config.network, flow=config.flow, weights=state, kind=weights, step=saved.step)
+    return Trained(
+        network=config.network,
+        flow=config.flow,
+        objective=config.objective.name,
+        weights=state,
+        kind=weights,
+        step=saved.step,
+    )
 
 
 def _newest_step(path: Path) -> Path:

@@ -25,6 +25,22 @@ static unsigned long long atomicAdd(unsigned long long* to, unsigned long long v
   return __atomic_fetch_add(to, value, __ATOMIC_SEQ_CST);
 }
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) ushort4 {
+  unsigned short x, y, z, w;
+};
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) {
+  return {x, y, z, w};
+}
+// as words: what lies there has another type
+template <typename T>
+static void __stcs(T* to, T value) {
+  __builtin_memcpy(to, &value, sizeof(T));
+}
+
 #include "multi_tensor.cuh"
 
 namespace {

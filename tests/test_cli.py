@@ -297,12 +297,39 @@ def test_sample_draws_what_the_library_draws(trained, tmp_path, capsys, nfe, wei
         npz,
     ]
     assert main(list(map(str, argv))) == 0
-    assert f"6 images, {nfe} NFE, {weights} weights of step 4" in capsys.readouterr().out
+    assert f"6 images, {nfe} NFE by renoise, {weights} weights of step 4" in capsys.readouterr().out
     flow, _ = load_flow(trained, weights)
     noise, renoise = sample_noise(torch.tensor([5, 6, 7, 8, 9, 2]), (1, 8, 8), nfe)
     x = sample(flow, torch.tensor([3, 7, 8, 3, 7, 8]), (6, 1, 8, 8), nfe, noise, renoise)
     expected = (127.5 * x + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).expand(-1, -1, -1, 3)
     assert np.array_equal(drawn(npz), expected.numpy())
+
+
+@pytest.mark.parametrize("sampler", ["chain", "euler", "heun"])
+def test_sample_draws_by_the_sampler_that_is_asked_for(trained, tmp_path, capsys, sampler):
+    npz = tmp_path / "a.npz"
+    argv = ["sample", str(trained), "--nfe", "2", "--sampler", sampler, "--seeds", "0-9", "--npz", str(npz)]
+    assert main(argv) == 0
+    assert f"2 NFE by {sampler}, ema" in capsys.readouterr().out
+    flow, _ = load_flow(trained, sampler=sampler)
+    noise, _ = sample_noise(torch.arange(10), (1, 8, 8))
+    expected = to_uint8(sample(flow, torch.arange(10), (10, 1, 8, 8), 2, noise))
+    assert np.array_equal(drawn(npz), expected.repeat(3, axis=-1))
+    assert load_flow(trained)[0].sampler == "renoise"
+
+
+def test_sample_refuses_a_sampler_that_the_network_was_not_trained_for(recipe, tmp_path, capsys):
+    velocity = ("objective.name=flow_matching", "objective.fm_ratio=1", "flow.sampler=euler", "train.total_steps=1")
+    assert main(["train", str(recipe), *velocity]) == 0
+    run, export, npz = tmp_path / "runs/tiny", tmp_path / "export", tmp_path / "a.npz"
+    assert main(["export", str(run), str(export)]) == 0
+    for path in (run, export):
+        for sampler in ("renoise", "chain"):
+            message = refusal(capsys, "sample", path, "--sampler", sampler, "--npz", npz)
+            assert f"sampler: got '{sampler}', expected euler or heun, which is what the objective flow_mat" in message
+        assert not npz.exists()
+        assert main(["sample", str(path), "--nfe", "2", "--sampler", "heun", "--npz", str(npz)]) == 0
+        npz.unlink()
 
 
 def test_images_do_not_depend_on_the_batch_size(trained, tmp_path):
@@ -407,6 +434,8 @@ def test_a_diverged_network_is_refused_and_the_old_file_stays(tmp_path, capsys):
         (["--nfe", "0"], "--nfe: got '0', expected an integer of at least 1"),
         (["--nfe", "-1"], "--nfe: "),
         (["--nfe", "1.5"], "--nfe: got '1.5', expected an integer of at least 1"),
+        (["--sampler", "ddim"], "--sampler: invalid choice: 'ddim'"),
+        (["--sampler", "heun", "--nfe", "3"], "nfe: got 3, expected an even number"),
         (["--batch-size", "0"], "--batch-size: got '0', expected an integer of at least 1"),
         (["--classes", "10"], "--classes: got 10, expected classes from 0 to 9"),
         (["--classes", "0-10"], "--classes: got 10, expected classes from 0 to 9"),

@@ -54,6 +54,17 @@ def test_the_code_of_the_model_card_runs(tmp_path, run, monkeypatch):
     assert names["images"].shape == (4, 1, 8, 8)
 
 
+def test_an_export_that_does_not_name_its_objective_promises_no_more_than_its_sampler(tmp_path, run):
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out)]) == 0
+    described = json.loads((out / "config.json").read_text())
+    assert described.pop("objective") == "soflow"
+    for sampler, objective in (("chain", "soflow"), ("euler", "flow_matching")):
+        described["flow"]["sampler"] = sampler
+        (out / "config.json").write_text(json.dumps(described))
+        assert read_export(out).objective == objective
+
+
 def test_nothing_is_replaced(tmp_path, run, capsys):
     (tmp_path / "out").mkdir()
     assert main(["export", str(run), str(tmp_path / "out")]) == 2
@@ -71,6 +82,8 @@ def test_nothing_is_replaced(tmp_path, run, capsys):
         ({"network": {"name": "DiT"}}, "expected what soflow export writes"),
         ({"network": 3}, "expected what soflow export writes"),
         ({"step": None}, "expected what soflow export writes"),
+        ({"objective": "gan"}, "expected what soflow export writes"),
+        ({"objective": "flow_matching"}, "flow.sampler: got 'renoise', expected euler or heun"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, run, change, message):

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import subprocess
 
 import pytest
 import torch
@@ -26,6 +28,31 @@ def test_no_kernel_spills(tmp_path, monkeypatch, capsys):
     }
     # four blocks of 256 threads fit on a multiprocessor, which have 64 KiB of loads under way
     assert all(0 < row["registers"] <= 64 for row in rows)
+
+
+@needs_nvcc
+def test_packs_are_loaded_and_stored_at_once(tmp_path):
+    """Each 16 bytes of weights, moments, gradient and averages in one access; only the ends of tensors are not."""
+    file = tmp_path / "kernels.ptx"
+    command = [
+        extension.find_nvcc(),
+        "-O3",
+        "-std=c++17",
+        "-arch=sm_90",
+        "-ptx",
+        str(extension.SOURCE),
+        "-o",
+        str(file),
+    ]
+    subprocess.run(command, check=True)
+    kernels = file.read_text().split(".entry ")[1:]
+    (update,) = (text for text in kernels if "update_kernel" in text.split("(")[0])
+    (norm,) = (text for text in kernels if "norm_kernel" in text.split("(")[0])
+    # weight, first average, gradient, two moments, each further average; the gradient is not stored
+    assert len(re.findall(r"\bld\.(?:global\.)?v4\.[fu]32", update)) == 6
+    assert len(re.findall(r"\bst\.(?:global\.)?(?:cs\.)?v4\.f32", update)) == 5
+    assert len(re.findall(r"\bst\.(?:global\.)?(?:cs\.)?v4\.u16", update)) == 1
+    assert re.search(r"\bld\.(?:global\.)?v4\.[fu]32", norm)
 
 
 def test_a_spill_is_seen():

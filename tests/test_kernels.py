@@ -296,5 +296,29 @@ def test_every_kernel_compiles_without_spills():
         name for module in resources.MODULES for name in vars(module) if name.endswith("_kernel") and name[0] == "_"
     }
     assert {row["kernel"] for row in rows} == defined
-    assert {name for row in rows for name in row["shape"].split(", ")} == {*resources.SHAPES, "latents 4x32x32"}
+    assert {name for row in rows for name in row["shape"].split(", ")} == {
+        *resources.SHAPES,
+        "latents 4x32x32",
+        resources.FEW_NUMBERS,
+    }
     assert all({"kernel", "shape", "arch", "registers", "shared", "spills"} <= row.keys() for row in rows)
+    assert all(row["narrow"] < row["moved"] for row in rows if row["shape"] != resources.FEW_NUMBERS)
+
+
+def test_accesses_are_read_off_the_code():
+    ptx = """
+        @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+        ld.global.L1::evict_last.v2.b32 { %r5, %r6 }, [ %rd2 + 0 ];
+        ld.volatile.global.b32 %r7, [ %rd3 ];
+        ld.shared.b32 %r8, [global_smem];
+        @%p1 st.global.b16 [ %rd4 + 0 ], { %rs1 };
+        cp.async.cg.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x10, %r10;
+        cp.async.ca.shared.global [ %r9 + 0 ], [ %rd5 + 0 ], 0x4, %r10;
+        cp.async.commit_group;
+    """
+    assert resources.access_sizes(ptx) == [16, 8, 4, 2, 16, 4]
+
+
+def test_a_kernel_that_lost_its_alignment_is_refused():
+    row = resources.Resources("k", "DiT-B/4", "sm_90", 40, 0, 0, 0, moved=120, narrow=40)
+    assert resources.failures([row]) == ["k, DiT-B/4, sm_90: narrow 40, expected at most 30"]

@@ -14,6 +14,7 @@ from soflow.memory import GIB, CountMemory, predict_peak, require_memory, sample
 from soflow.run_folder import RunError
 
 CPU, SHAPE = torch.device("cpu"), (1, 8, 8)
+UNET = (tiny.UNET[0].replace("model_channels: 8", "model_channels: 32"), *tiny.UNET[1:])
 WIDE = ("network.hidden_size=64", "network.depth=3", "network.patch_size=1", "train.batch_size=48")
 
 
@@ -34,6 +35,9 @@ def measured_peak(config) -> int:
         ("train.accumulation=3",),
         ("objective.name=meanflow",),
         ("objective.name=flow_matching", "objective.fm_ratio=1", "flow.sampler=euler"),
+        UNET,
+        (*UNET, "engine.recompute=norms"),
+        (*UNET, "engine.recompute=blocks"),
     ],
 )
 def test_prediction_is_what_a_training_needs(tmp_path, settings):
@@ -88,6 +92,17 @@ def test_a_training_that_does_not_fit_is_refused_with_what_helps(tmp_path, monke
     message = f"DiT at batch 256 needs {needed / GIB:.1f} GiB, this GPU has {available}.0: {advice}"
     with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
         require_memory(config, SHAPE, CPU, 1, available=available * GIB)
+
+
+def test_a_unet_that_does_not_fit_is_told_what_helps(tmp_path, monkeypatch):
+    def config(recompute):
+        return tiny.config(tmp_path, *UNET, "train.batch_size=48", f"engine.recompute={recompute}")
+
+    monkeypatch.setattr(memory, "ACCUMULATIONS", ())
+    norms = predict_peak(config("norms"), SHAPE, CPU)
+    with pytest.raises(RunError, match=r"UNet at batch 48 needs .*: use engine\.recompute=norms$"):
+        require_memory(config("none"), SHAPE, CPU, 1, available=norms)
+    assert require_memory(config("norms"), SHAPE, CPU, 1, available=norms) == norms
 
 
 def test_the_largest_model_in_gib(tmp_path):

@@ -3,21 +3,34 @@
 import weakref
 
 import pytest
+import test_dit
+import test_unet
 import torch
-from test_dit import inputs, perturbed
 
 from soflow import kernels
 from soflow.kernels import reference
 from soflow.models.pair import Pair, PairOps
 from soflow.models.recompute import recomputed
 
+KEYS = torch.tensor([[3, 7, row] for row in range(6)])
 
-def outcome(network, recompute):
+
+def dit(dtype):
+    x, dx, t, s, labels = test_dit.inputs(6, dtype)
+    return test_dit.perturbed(dtype=dtype), (x, dx[3:], t, -0.01 * t[3:], s, labels)
+
+
+def unet(dtype):
+    """In training mode: with dropout."""
+    x, dx, t, s, augment_labels = test_unet.inputs(6, dtype=dtype)
+    network = test_unet.perturbed(dtype, resample_filter=[1, 1]).train()
+    return network, (x, dx[3:], t, -0.01 * t[3:], s, None, augment_labels, KEYS)
+
+
+def outcome(network, arguments, recompute):
     """F, dF, the gradients, and the bytes that backward keeps."""
-    network.set_recompute(recompute)
+    network.recompute = recompute
     network.zero_grad()
-    x, dx, t, s, labels = inputs(6, network.final_layer.dtype)
-    dt = -0.01 * t
     saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor):
@@ -25,7 +38,7 @@ def outcome(network, recompute):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        F_t, dF = network.forward_difference(x, dx[3:], t, dt[3:], s, labels)
+        F_t, dF = network.forward_difference(*arguments)
     size = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     saved.clear()
     F_t.square().mean().backward()
@@ -34,12 +47,13 @@ def outcome(network, recompute):
 
 @pytest.mark.parametrize("ops", [reference, kernels])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_same_bits_and_less_memory(ops, dtype):
-    network = perturbed(dtype=dtype)
+@pytest.mark.parametrize("make", [dit, unet])
+def test_same_bits_and_less_memory(ops, dtype, make):
+    network, arguments = make(dtype)
     network.ops = PairOps(ops)
-    plain, size = outcome(network, "none")
+    plain, size = outcome(network, arguments, "none")
     for recompute in ("norms", "blocks"):
-        ours, smaller = outcome(network, recompute)
+        ours, smaller = outcome(network, arguments, recompute)
         for a, b in zip(ours, plain, strict=True):
             assert torch.equal(a, b), recompute
         assert smaller < 0.8 * size, recompute

@@ -115,10 +115,11 @@ def test_accumulated_parts_are_the_batch(tmp_path, name):
 
 
 @pytest.mark.parametrize("recompute", ["norms", "blocks"])
-def test_recomputed_training_has_the_same_bits(tmp_path, recompute):
+@pytest.mark.parametrize("settings", [(), tiny.UNET], ids=["DiT", "UNet"])
+def test_recomputed_training_has_the_same_bits(tmp_path, settings, recompute):
     for precision in ("fp32", "bf16"):
-        plain = trained(tmp_path, f"engine.precision={precision}")
-        ours = trained(tmp_path, f"engine.precision={precision}", f"engine.recompute={recompute}")
+        plain = trained(tmp_path, *settings, f"engine.precision={precision}")
+        ours = trained(tmp_path, *settings, f"engine.precision={precision}", f"engine.recompute={recompute}")
         assert torch.equal(ours.step.sums, plain.step.sums)
         for a, b in zip(ours.flow.parameters(), plain.flow.parameters(), strict=True):
             assert torch.equal(a, b)

@@ -390,22 +390,11 @@ def test_other_objectives_train_resume_and_sample(tmp_path, name):
     assert (flow.sampler, step) == (config.flow.sampler, 8)
 
 
-UNET = (
-    "network={name: UNet, input_size: 8, in_channels: 1, num_classes: 0, model_channels: 8, channel_mult: [1, 1], "
-    "num_blocks: 1, attn_resolutions: [4], dropout: 0.3}",
-    "objective={fm_ratio: 0.0, loss_p: 0.75, loss_eps: 0.001}",
-    "times={gap_init: 1.0, gap_end: 0.0003125}",
-    "data.augment_p=0.5",
-    "optim={name: radam, lr: 1e-3, betas: [0.9, 0.999]}",
-    "ema={decay: 0.9, every: 3, dtype: float64}",
-)
-
-
 def test_unet_recipe_resumes_to_the_bit(tmp_path):
     """Dropout and augmentation too are drawn from seed, step and position alone."""
-    whole = train(tiny.config(tmp_path / "whole", *UNET))
+    whole = train(tiny.config(tmp_path / "whole", *tiny.UNET))
     torch.manual_seed(1)  # whatever was drawn before
-    config = tiny.config(tmp_path / "parts", *UNET)
+    config = tiny.config(tmp_path / "parts", *tiny.UNET)
     train(config, until=3)
     torch.manual_seed(2)
     resumed = Trainer(config, ALONE)
@@ -414,7 +403,7 @@ def test_unet_recipe_resumes_to_the_bit(tmp_path):
 
 
 def test_dropout_does_not_depend_on_how_a_batch_is_split(tmp_path):
-    trainer = Trainer(tiny.config(tmp_path, *UNET), ALONE)
+    trainer = Trainer(tiny.config(tmp_path, *tiny.UNET), ALONE)
     network = trainer.flow.network.train()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -432,7 +421,7 @@ def test_two_evaluations_with_dropout_share_their_masks(tmp_path):
     """The slope by difference propagation is that of two evaluations, because the keys of the draws are the same."""
     slopes = []
     for lookahead in ("difference", "two_pass"):
-        trainer = Trainer(tiny.config(tmp_path / lookahead, *UNET, f"objective.lookahead={lookahead}"), ALONE)
+        trainer = Trainer(tiny.config(tmp_path / lookahead, *tiny.UNET, f"objective.lookahead={lookahead}"), ALONE)
         rows = next(trainer.feeder)
         (batch,) = trainer.step.draw(rows.mean, rows.std, rows.labels, *trainer.step.clock(0), rows.augment_labels)
         network = trainer.flow.network.double()

@@ -20,6 +20,16 @@ optim: {lr: 1e-3}
 ema: {decay: 0.9}
 engine: {device: cpu}
 """
+# what makes of it the recipe of CIFAR-10, with dropout and augmentation, as small
+UNET = (
+    "network={name: UNet, input_size: 8, in_channels: 1, num_classes: 0, model_channels: 8, channel_mult: [1, 1], "
+    "num_blocks: 1, attn_resolutions: [4], dropout: 0.3}",
+    "objective={fm_ratio: 0.0, loss_p: 0.75, loss_eps: 0.001}",
+    "times={gap_init: 1.0, gap_end: 0.0003125}",
+    "data.augment_p=0.5",
+    "optim={name: radam, lr: 1e-3, betas: [0.9, 0.999]}",
+    "ema={decay: 0.9, every: 3, dtype: float64}",
+)
 
 
 def config(output_dir: Path, *overrides: str) -> Config:

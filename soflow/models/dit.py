@@ -5,7 +5,7 @@ Source: Peebles and Xie 2023 (adaLN-zero blocks); arXiv 2512.15657 (two time emb
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from soflow.kernels import reference
-from soflow.models.network import Network, Recompute
+from soflow.models.network import Network
 from soflow.models.pair import Pair, PairOps
-from soflow.models.recompute import kept, recomputed
-
-Runner = Callable[..., Sequence[Pair]]  # of a Stage and its inputs
+from soflow.models.recompute import Runner, kept, recomputed
 
 NUM_TIME_FEATURES = 256
 EMBEDDING_STD = 0.02
@@ -246,10 +244,6 @@ class DiT(Network):
         block = tokens * (4 * hidden**2 + 2 * hidden * mlp + 2 * tokens * hidden) + 6 * hidden**2
         final = tokens * hidden * patch + 2 * hidden**2
         return 2 * (tokens * patch * hidden + 2 * time_embedder + len(self.blocks) * block + final)
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        """Choose what backward computes again: nothing, the modulated norms and GELU, or all of each block."""
-        self.recompute = recompute
 
     def _run(self, x: Pair, t: Pair, t_minus_s: Pair, labels: Tensor | None) -> Pair:
         ops = self.ops

@@ -9,7 +9,7 @@ from soflow.streams import DROPOUT_STREAM
 
 
 class Dropout:
-    """The masks of one evaluation of a network; each layer that asks gets those of the next stream.
+    """The masks of one evaluation of a network, a stream of them for each of its layers.
 
     draw_keys: (B, 3) int64, seed, step and place in the global batch of each row.  rate: share of elements dropped.
     """
@@ -18,12 +18,13 @@ class Dropout:
         self.ops = ops
         self.rate = rate
         self.seed, self.step, self.sample = draw_keys.unbind(1)
-        self.stream = DROPOUT_STREAM
 
-    def mask(self, x: Tensor) -> Tensor:
-        """Return factors of the shape and dtype of x, (B, ...): 0, or 1 / (1 - rate), so that the mean stays."""
-        u = self.ops.uniform(self.seed, self.step, self.stream, self.sample, x[0].numel())
-        self.stream += 1
+    def mask(self, layer: int, x: Tensor) -> Tensor:
+        """Return factors of the shape and dtype of x, (B, ...): 0, or 1 / (1 - rate), so that the mean stays.
+
+        layer: number of the layer that x belongs to; the same mask whenever it is asked for.
+        """
+        u = self.ops.uniform(self.seed, self.step, DROPOUT_STREAM + layer, self.sample, x[0].numel())
         return (u >= self.rate).to(x.dtype).div_(1.0 - self.rate).view(x.shape)
 
 

@@ -24,12 +24,8 @@ class Network(nn.Module, abc.ABC):
     num_classes: int
     ops: PairOps  # what it computes with
     dropout: float = 0.0  # share of activations that a call in training mode drops
+    # what backward computes again instead of keeping it: nothing, norms and the activations after them, or blocks
     recompute: Recompute = "none"
-
-    def set_recompute(self, recompute: Recompute) -> None:
-        """Choose what backward computes again instead of keeping it; ValueError for what the network does not have."""
-        if recompute != "none":
-            raise ValueError(f"recompute: got {recompute!r}, expected 'none' for {type(self).__name__}")
 
     @abc.abstractmethod
     def bf16_modules(self) -> Iterable[nn.Module]:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from soflow.models.pair import Pair
 
 Stage = Callable[..., Sequence[Pair]]
+Runner = Callable[..., Sequence[Pair]]  # of a Stage and its inputs
 
 
 def kept(stage: Stage, *inputs: Pair) -> Sequence[Pair]:
@@ -20,7 +21,7 @@ def recomputed(stage: Stage, *inputs: Pair) -> Sequence[Pair]:
     """Return stage(*inputs), of which only the inputs are kept for backward; the same bits as `kept`.
 
     Backward runs the stage again, up to the last activation that it needs, on the activations alone: their differences
-    were computed when the stage ran first, and are not held. The stage must draw no random numbers.
+    were computed when the stage ran first, and are not held. The stage must do the same again, its dropout included.
     """
     if not torch.is_grad_enabled():
         return stage(*inputs)

@@ -6,7 +6,7 @@ arXiv 2512.15657 (two time embeddings).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Literal
@@ -18,6 +18,7 @@ from soflow.kernels import reference
 from soflow.models.dropout import Dropout, fresh_draw_keys
 from soflow.models.network import Network
 from soflow.models.pair import Pair, PairOps
+from soflow.models.recompute import Runner, kept, recomputed
 
 LARGEST_PERIOD = 10000.0
 MAX_GROUPS = 32
@@ -29,6 +30,7 @@ LAST_GAIN = 1e-5
 QKV_GAIN = math.sqrt(0.2)
 
 Resampling = Literal["keep", "down", "up"]
+Mask = Callable[[Tensor], Tensor]  # factors of an activation, of its shape
 
 
 class Conv(nn.Module):
@@ -105,23 +107,37 @@ class Block(nn.Module):
             self.qkv = Conv(out_channels, 3 * out_channels, 1, gain=QKV_GAIN)
             self.proj = Conv(out_channels, out_channels, 1, gain=LAST_GAIN)
 
-    def forward(self, ops: PairOps, x: Pair, embedding: Pair, dropout: Dropout | None) -> Pair:
-        h = self.conv0(ops, ops.silu(self.norm0(ops, x)))
-        h = h + ops.linear(embedding, self.affine).map(lambda c: c[:, :, None, None])
-        h = ops.silu(self.norm1(ops, h))
-        if dropout is not None:
-            # One mask for both members of the pair: the difference is that of one thinned network.
-            h = h.times(dropout.mask(h.x))
-        z = _sum(self.conv1(ops, h), x if self.skip is None else self.skip(ops, x))
-        return z if self.norm2 is None else _sum(self._attend(ops, self.norm2(ops, z)), z)
+    def forward(self, ops: PairOps, run: Runner, mask: Mask | None, embedding: Pair, x: Pair, *skips: Pair) -> Pair:
+        """Return the block of x, to which `skips` are joined first.
 
-    def _attend(self, ops: PairOps, x: Pair) -> Pair:
-        """Single-head self-attention of the pixels."""
-        height = x.x.shape[2]
-        tokens = x.map(lambda y: y.flatten(2).transpose(1, 2))
-        qkv = ops.product(tokens, _packed(self.qkv.weight.flatten(1)), _packed(self.qkv.bias))
+        run: `kept`, or `recomputed` for its norms, SiLU and dropout.  mask: that of its dropout, None for none.
+        """
+        for skip in skips:
+            x = x.join(skip)
+        (h,) = run(partial(self._into_branch, ops), x)
+        h = h + ops.linear(embedding, self.affine).map(lambda c: c[:, :, None, None])
+        (h,) = run(partial(self._out_of_branch, ops, mask), h)
+        z = _sum(h, x if self.skip is None else self.skip(ops, x))
+        if self.norm2 is None:
+            return z
+        (qkv,) = run(partial(self._into_attention, ops, self.norm2), z)
+        # single-head self-attention of the pixels
         h = ops.product(ops.attention(qkv, num_heads=1), self.proj.weight.flatten(1), self.proj.bias)
-        return h.map(lambda y: y.transpose(1, 2).unflatten(2, (height, -1)))
+        return _sum(h.map(lambda y: y.transpose(1, 2).unflatten(2, z.x.shape[2:])), z)
+
+    def _into_branch(self, ops: PairOps, x: Pair) -> tuple[Pair]:
+        return (self.conv0(ops, ops.silu(self.norm0(ops, x))),)
+
+    def _out_of_branch(self, ops: PairOps, mask: Mask | None, h: Pair) -> tuple[Pair]:
+        h = ops.silu(self.norm1(ops, h))
+        if mask is not None:
+            # One mask for both members of the pair: the difference is that of one thinned network.
+            h = h.times(mask(h.x))
+        return (self.conv1(ops, h),)
+
+    def _into_attention(self, ops: PairOps, norm: GroupNorm, z: Pair) -> tuple[Pair]:
+        tokens = norm(ops, z).map(lambda y: y.flatten(2).transpose(1, 2))
+        return (ops.product(tokens, _packed(self.qkv.weight.flatten(1)), _packed(self.qkv.bias)),)
 
 
 class UNet(Network):
@@ -298,14 +314,23 @@ class UNet(Network):
 
         x = first(ops, x)
         skips = [x]
-        for block in encoder:
-            x = block(ops, x, embedding, dropout)
+        for layer, block in enumerate(encoder):
+            x = self._run_block(block, dropout, layer, embedding, x)
             skips.append(x)
-        for block in decoder:
-            if block.in_channels != x.x.shape[1]:
-                x = x.join(skips.pop())
-            x = block(ops, x, embedding, dropout)
-        return last(ops, ops.silu(norm(ops, x)))
+        for layer, block in enumerate(decoder, start=len(encoder)):
+            joined = [skips.pop()] if block.in_channels != x.x.shape[1] else []
+            x = self._run_block(block, dropout, layer, embedding, x, *joined)
+        run = kept if self.recompute == "none" else recomputed
+        (out,) = run(lambda x: (last(ops, ops.silu(norm(ops, x))),), x)
+        return out
+
+    def _run_block(self, block: nn.Module, dropout: Dropout | None, layer: int, *inputs: Pair) -> Pair:
+        mask = None if dropout is None else partial(dropout.mask, layer)
+        if self.recompute == "blocks":
+            (z,) = recomputed(lambda *pairs: (block(self.ops, kept, mask, *pairs),), *inputs)
+        else:
+            z = block(self.ops, recomputed if self.recompute == "norms" else kept, mask, *inputs)
+        return z
 
     def _embed(self, t: Pair, t_minus_s: Pair, augment_labels: Tensor | None) -> Pair:
         ops = self.ops
