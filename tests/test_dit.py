@@ -86,7 +86,7 @@ def test_initialisation_is_the_official_one():
     x, _, t, s, labels = (v.float() if v.is_floating_point() else v for v in inputs(2))
     assert (network(x, t, s, labels) == 0).all(), "adaLN-zero: the output starts at zero"
     for block in network.blocks:
-        assert (block.adaLN_modulation[1].weight == 0).all()
+        assert (block.adaLN_modulation.layer.weight == 0).all()
     assert network.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert network.t_embedder.mlp[2].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert network.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.15)

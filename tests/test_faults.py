@@ -134,7 +134,8 @@ def test_a_process_that_is_stopped_is_named_after_the_time_limit(tmp_path):
         wait_for_lines(tmp_path / "tiny", [5])
         began = time.monotonic()
         code, output = finish(waiting)
-        assert time.monotonic() - began < 5 + 5 + 2  # the last: steps after the first interval, and the end of Python
+        # the last: steps after the first interval, and the end of Python on a busy machine; else it waits for ever
+        assert time.monotonic() - began < 5 + 5 + 10
         assert code == 1
         assert re.search(r"error: step 8: .*process 1 has given no sign of life since step \d", output), output
     finally:

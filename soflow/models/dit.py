@@ -65,17 +65,18 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(labels)
 
 
-class Modulation(nn.ModuleList):
+class Modulation(nn.Module):
     """SiLU, then a linear layer whose output is chunked into shifts, scales and gates; starts at zero."""
 
     def __init__(self, hidden_size: int, num_chunks: int) -> None:
-        super().__init__((nn.Identity(), nn.Linear(hidden_size, num_chunks * hidden_size)))
+        super().__init__()
+        self.add_module("1", nn.Linear(hidden_size, num_chunks * hidden_size))
         self.num_chunks = num_chunks
 
     @property
     def layer(self) -> nn.Linear:
         """The linear layer, which the official names call adaLN_modulation.1."""
-        layer = self[1]
+        layer = self.get_submodule("1")
         assert isinstance(layer, nn.Linear)
         return layer
 
