@@ -21,6 +21,7 @@ from torch import Tensor
 DEVICE_TYPE = "cuda"
 # columns of the tables in csrc/tables.h
 COUNTERS = ("ticket", "finished", "skipped", "skip")
+FINISHED, SKIPPED = COUNTERS.index("finished"), COUNTERS.index("skipped")
 BF16_TAG = 1
 
 

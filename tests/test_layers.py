@@ -173,7 +173,7 @@ def test_low_layers_need_only_torch(module: str):
 
 @pytest.mark.parametrize("module", [name for name in MODULES if layer(name) < 4 and unit(name) != "kernels"])
 def test_only_layer_4_chooses_kernels(module: str):
-    allowed = {"soflow.kernels.reference"} | ({"soflow.kernels.multi_tensor"} if module == "soflow.optim" else set())
+    allowed = {"soflow.kernels.reference"} | ({"soflow.kernels.multi_tensor"} if unit(module) == "optim" else set())
     assert {name for name in own(IMPORTS[module]) if unit(name) == "kernels"} <= allowed
 
 

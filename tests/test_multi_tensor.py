@@ -11,10 +11,9 @@ import tiny
 import torch
 from multi_tensor_host import extension
 
-from soflow import optim
 from soflow.kernels import multi_tensor
 from soflow.kernels.multi_tensor import GroupRow
-from soflow.optim import Optimizer
+from soflow.optim import Optimizer, optimizer
 from soflow.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(multi_tensor_host.COMPILER is None, reason="needs g++")
@@ -31,7 +30,7 @@ def host(library, monkeypatch):
     host = extension(library)
     monkeypatch.setattr(multi_tensor, "load_extension", lambda: host)
     monkeypatch.setattr(multi_tensor, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(optim, "is_built", lambda: True)
+    monkeypatch.setattr(optimizer, "is_built", lambda: True)
     return host
 
 
