@@ -17,6 +17,7 @@ Prints medians, the middle half and the engine's stages; writes them as JSON.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import sys
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from bench.machine import machine
 from bench.variants import Engine, Variant, require_equal_losses, variants
+from soflow.capture import NUM_WARMUP
 from soflow.meters import peak_flops
 from soflow.objective import Batch
 
@@ -81,18 +83,24 @@ def stages(engine: Engine) -> dict[str, Callable[[], object]]:
 
 
 def build_that_fits(model: str, name: str, batch_size: int, device: torch.device) -> tuple[Variant, int]:
-    """Return a variant that has trained a step, at the largest batch of batch_size, its half, ... that fits."""
+    """Return a warm variant at the largest batch of batch_size, its half, ... that fits."""
     while True:
         try:
-            variant = variants(model, batch_size, device)[name]()
-            variant.step()
-            return variant, batch_size
+            return warm(variants(model, batch_size, device)[name], device), batch_size
         except torch.cuda.OutOfMemoryError:
             if batch_size == 1:
                 raise
         # outside of the handler, whose traceback holds the tensors
         batch_size //= 2
         free()
+
+
+def warm(make: Callable[[], Variant], device: torch.device) -> Variant:
+    """Return a variant that has trained as many steps as it takes until it is compiled and captured."""
+    variant = make()
+    for _ in range(NUM_WARMUP + 1 if device.type == "cuda" else 1):
+        variant.step()
+    return variant
 
 
 def free() -> None:
@@ -115,7 +123,12 @@ def measure_by_turns(model: str, batch_size: int, device: torch.device, rounds: 
     for _ in range(rounds):
         for name, variant in made.items():
             times[name].append(seconds(variant.step, device))
-    return [row(model, variant, batch_size, times[name], device, rounds) for name, variant in made.items()]
+    rows = []
+    for name, variant in made.items():
+        rows.append(row(model, variant, batch_size, times[name], device))
+        if isinstance(variant, Engine):
+            rows[-1]["stages"] = stage_times(variant, device, rounds)
+    return rows
 
 
 def measure_in_line(model: str, batch_size: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -124,28 +137,28 @@ def measure_in_line(model: str, batch_size: int, device: torch.device, rounds: i
     rows = []
     for name in (*names, names[0]):
         variant, fitting = build_that_fits(model, name, batch_size, device)
-        # compiles, and fills the allocator's caches
-        for _ in range(2):
-            variant.step()
         times = [seconds(variant.step, device) for _ in range(rounds)]
-        rows.append(row(model, variant, fitting, times, device, rounds))
+        rows.append(row(model, variant, fitting, times, device))
+        config = variant.config if isinstance(variant, Engine) else None
         del variant
         free()
+        if config is not None:
+            # of one that is not captured: a graph keeps the memory of a whole step, which the stages need
+            eager = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph="off"))
+            rows[-1]["stages"] = stage_times(Engine(name, eager, device), device, rounds)
+            free()
     return rows
 
 
-def row(
-    model: str, variant: Variant, batch_size: int, times: list[float], device: torch.device, rounds: int
-) -> dict[str, Any]:
-    """Return the figures of one variant; of the engine its MFU, where the peak is known, and its stages too."""
+def row(model: str, variant: Variant, batch_size: int, times: list[float], device: torch.device) -> dict[str, Any]:
+    """Return the figures of one variant; of the engine its MFU too, where the peak is known."""
     low, middle, high = quantiles(times, n=4)
     figures: dict[str, Any] = {"model": model, "variant": variant.name, "batch": batch_size, "seconds": middle}
-    figures |= {"quartiles": [low, high], "rounds": rounds, "images_per_s": batch_size / middle}
+    figures |= {"quartiles": [low, high], "rounds": len(times), "images_per_s": batch_size / middle}
     if isinstance(variant, Engine):
         peak = peak_flops(torch.cuda.get_device_name(), variant.precision) if device.type == "cuda" else None
         if peak is not None:
             figures["mfu"] = variant.parts.step.flops() / middle / peak
-        figures["stages"] = stage_times(variant, device, rounds)
     return figures
 
 

@@ -132,11 +132,11 @@ def interpolate(
 ) -> tuple[Tensor, Tensor]:
     """Return x_t = alpha_t x_0 + beta_t x_1 and v_t = dalpha_t x_0 + dbeta_t x_1.
 
-    x_0, x_1: (B, ...).  alpha_t, beta_t, dalpha_t, dbeta_t: (B,).
+    x_0, x_1: (B, ...).  alpha_t, beta_t, dalpha_t, dbeta_t: (B,).  Rounded to the dtype of x_0.
     """
     x_t = _rows(alpha_t, x_0) * x_0 + _rows(beta_t, x_0) * x_1
     v_t = _rows(dalpha_t, x_0) * x_0 + _rows(dbeta_t, x_0) * x_1
-    return x_t, v_t
+    return x_t.to(x_0.dtype), v_t.to(x_0.dtype)
 
 
 def look_ahead(
@@ -147,14 +147,14 @@ def look_ahead(
     v_t, v_uncond: (B, ...).  v_cond, dt: (N, ...), (N,): the consistency rows, which are the last N of the batch; the
     rows before them are velocity rows, whose v is the guided velocity unmixed (their own prediction mixes in the loss).
     v_cond None stands for m = 1.  guidance g, mix m: (B,); g = 0 and m = 1 leave v_t as it is (rows of the null mask).
-    Shapes out: v (B, ...), dx (N, ...).
+    Shapes out: v (B, ...), dx (N, ...), both rounded to the dtype of v_t.
     """
     num_velocity = len(v_t) - len(dt)
     v = v_t + _rows(guidance, v_t) * (v_t - v_uncond)
     if v_cond is not None:
         m = _rows(mix[num_velocity:], v_cond)
         v = torch.cat((v[:num_velocity], m * v[num_velocity:] + (1.0 - m) * v_cond))
-    return v, v[num_velocity:] * _rows(dt, v)
+    return v.to(v_t.dtype), (v[num_velocity:] * _rows(dt, v)).to(v_t.dtype)
 
 
 def solution_map(x: Tensor, F_t: Tensor, a: Tensor, b: Tensor) -> Tensor:

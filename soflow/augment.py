@@ -81,7 +81,7 @@ def sample_augmentation(seed: int, step: int, positions: Tensor, p: float) -> Au
 def augment(images: Tensor, draw: AugmentDraw) -> tuple[Tensor, Tensor]:
     """Return the changed images, (B, C, S, S) fp32, and their labels, (B, 6).  images: (B, C, S, S), S at least 2."""
     size = images.shape[-1]
-    up, down = (matrix.to(images.device) for matrix in _resampling(size))
+    up, down = _resampling(size, images.device)
     images = torch.where(draw.flip[:, None, None, None] > 0, images.flip(3), images)
     wide = up @ images @ up.mT
     # Places of the samples in pixels from the centre; one index of the wide image is half a pixel.
@@ -108,8 +108,11 @@ def _inverse_matrices(draw: AugmentDraw) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _resampling(size: int) -> tuple[Tensor, Tensor]:
-    """The matrices that bring a line of pixels, reflected, to twice the resolution, and a sampled line back."""
+def _resampling(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices that bring a line of pixels, reflected, to twice the resolution, and a sampled line back.
+
+    Kept on the device: a copy per batch would make the host wait for the step before.
+    """
     margin, taps = size - 1, len(SYM6)
     num_wide, num_sampled = 2 * (size + 2 * margin), 2 * (size + 2 * APRON)
     up = torch.zeros(num_wide, size, dtype=torch.float64)
@@ -123,4 +126,4 @@ def _resampling(size: int) -> tuple[Tensor, Tensor]:
     for pixel in range(size):
         for tap in range(taps):
             down[pixel, 2 * (pixel + APRON) - taps // 2 + 1 + tap] = SYM6[tap]
-    return up.float(), down.float()
+    return up.float().to(device), down.float().to(device)

@@ -45,7 +45,8 @@ class CountMemory(TorchDispatchMode):
         """Run the op and count what it made."""
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
+            # the zeros that differentiation carries along have no memory
+            if isinstance(tensor, Tensor) and not tensor._is_zerotensor():
                 self._count(tensor.untyped_storage())
         return out
 

@@ -77,6 +77,9 @@ class TrainingStep:
         self._most_bad_seen = 0
         self._copied: torch.cuda.Event | None = None
         self._norm_weight = 1.0 / world_size
+        # made here: a number that a step assigns to an element of a tensor on a GPU is copied there, and waited for
+        skipped_row = [0.0] * (len(SUMMED) - 1) + [self._norm_weight]
+        self._skipped_row = torch.tensor(skipped_row, dtype=torch.float64, device=self.device)
         self._train: Callable[..., None] = self._train_on
         if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
             self._train = CapturedCall(self._train_on, optimizer.prepare)
@@ -169,12 +172,10 @@ class TrainingStep:
         norm = self.optimizer.grad_norm.double()
         row = torch.cat((means, torch.stack((norm, torch.zeros_like(norm))) * self._norm_weight))
         finite = torch.isfinite(norm)
-        self._bad_in_row.add_(1).mul_(~finite)
+        self._bad_in_row.add_(1).mul_(finite.logical_not())
         torch.maximum(self._most_bad, self._bad_in_row, out=self._most_bad)
         if self.config.optim.nonfinite != "step":
-            skipped = torch.zeros_like(row)
-            skipped[-1] = self._norm_weight
-            row = torch.where(finite, row, skipped)
+            row = torch.where(finite, row, self._skipped_row)
         self.sums += row
 
 

@@ -3,6 +3,7 @@ import math
 import golden_vectors
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow.augment import AugmentDraw, augment, sample_augmentation
 
@@ -69,6 +70,29 @@ def test_scale_enlarges_about_the_centre():
     changed, _ = augment(bump[None, None], draw)
     wider = torch.exp(-(line[:, None] ** 2 + line[None] ** 2) / 200)
     assert (changed[0, 0] - wider).abs().max() < 0.02
+
+
+class FromHost(TorchDispatchMode):
+    """Counts the ops that read the host's memory, but for numbers."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += any(isinstance(x, torch.Tensor) and x.device.type == "cpu" and x.dim() > 0 for x in args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_copied_to_a_device_but_once():
+    """A GPU's step would be waited for."""
+    images = torch.zeros(2, 1, 9, 9, device="meta")
+    draw = AugmentDraw(*(value.to("meta") for value in vars(still(2)).values()))
+    counts = []
+    for _ in range(2):
+        with FromHost() as from_host:
+            augment(images, draw)
+        counts.append(from_host.count)
+    assert counts[0] > 0
+    assert counts[1] == 0
 
 
 def test_draws_depend_on_seed_step_and_position_alone():

@@ -74,6 +74,27 @@ def test_command_times_variants_by_turns(smaller, tmp_path, capsys):
     assert "1.00x" in capsys.readouterr().out
 
 
+def test_in_line_each_has_the_batch_that_fits(smaller, monkeypatch):
+    """And the stages are those of an engine without a graph, beside whose memory they would not fit."""
+    train, graphs = variants.Engine.step, []
+
+    def train_if_it_fits(engine: variants.Engine) -> None:
+        if engine.config.train.batch_size > 4:
+            raise torch.cuda.OutOfMemoryError("a pretended GPU's")
+        train(engine)
+
+    def note(engine: variants.Engine, device: torch.device, rounds: int) -> dict[str, float]:
+        graphs.append((engine.name, engine.config.train.batch_size, engine.config.engine.cuda_graph))
+        return {}
+
+    monkeypatch.setattr(variants.Engine, "step", train_if_it_fits)
+    monkeypatch.setattr(step, "stage_times", note)
+    rows = step.measure_in_line("small", 8, CPU, 7)
+    names = ("engine", "six calls", "MeanFlow, one JVP", "MeanFlow, engine", "engine")
+    assert [(row["variant"], row["batch"]) for row in rows] == list(zip(names, (4, 8, 8, 4, 4), strict=True))
+    assert graphs == [(name, 4, "off") for name in ("engine", "MeanFlow, engine", "engine")]
+
+
 def test_command_weighs_as_it_predicts(smaller, tmp_path, capsys):
     file = tmp_path / "memory.json"
     assert memory.main(["--model", "small", "--batch", "8", "--measure", "--json", str(file)]) == 0

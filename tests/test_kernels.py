@@ -48,6 +48,12 @@ def test_as_precise_as_eager(case, interpreted):
     check(case, interpreted, case.inputs(torch.float32, "cpu"))
 
 
+@parametrize([case for case in SMALL if case.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_points_in_half_precision(case, dtype, interpreted):
+    check(case, interpreted, case.inputs(dtype, "cpu"))
+
+
 @parametrize(EMPTY)
 def test_empty_batch(case, interpreted):
     outputs, gradients = case.call(interpreted, case.inputs(torch.float32, "cpu"))

@@ -68,6 +68,8 @@ def test_counts_storages_from_birth_to_end():
         del view
         assert count.now == 4000
         b.add_(1)
+        # of a derivative that is zero: a shape, to which no memory belongs
+        assert torch._efficientzerotensor((1000,)).untyped_storage().nbytes() == 4000
         assert (count.now, count.peak) == (4000, 8000)
 
 

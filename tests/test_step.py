@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow import assembly, capture
@@ -34,11 +35,12 @@ def samples(parts: Training, source, step: int):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the ops that wait for a device."""
+    """Notes the ops that wait for a device, and those that copy between two."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.copies: list[str] = []
         self.ops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -51,6 +53,8 @@ class Watch(TorchDispatchMode):
         )
         if name in SYNCHRONISING or boolean_index:
             self.waits.append(name)
+        if "copy" in name and len({x.device for x in args if isinstance(x, torch.Tensor)}) > 1:
+            self.copies.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -69,6 +73,21 @@ def test_no_step_waits_for_the_device(tmp_path, monkeypatch, name, settings):
             parts.step(*rows, step)
         assert watch.ops > 100
         assert watch.waits == []
+
+
+def test_the_statistics_of_a_gpu_are_not_made_on_the_host(tmp_path, monkeypatch):
+    """On a GPU that is pretended: a number that is copied there from the host would be waited for."""
+    step = training(tmp_path, "optim.nonfinite=skip")[0].step
+    with FakeTensorMode():
+        for name in ("sums", "_bad_in_row", "_most_bad", "_skipped_row"):
+            tensor = getattr(step, name)
+            setattr(step, name, torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda"))
+        monkeypatch.setattr(type(step.optimizer), "grad_norm", torch.ones((), device="cuda"))
+        means = torch.zeros(len(step.sums) - 2, dtype=torch.float64, device="cuda")
+        with Watch() as watch:
+            step._accumulate(means)
+    assert watch.ops > 10
+    assert watch.copies == []
 
 
 def test_the_watch_sees_what_it_should():
