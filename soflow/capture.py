@@ -65,7 +65,8 @@ def on_side_stream(call: Callable[..., None], inputs: Inputs) -> None:
 def capture(call: Callable[..., None], inputs: Inputs) -> Callable[[], None]:
     """Return what replays call(*inputs), which is recorded here but not made."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # of this thread alone: the one that writes a checkpoint may wait for its copies meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call(*inputs)
     return graph.replay
 

@@ -1,5 +1,8 @@
 """Capture, with graphs that call again what they recorded: all of it but CUDA."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -28,6 +31,19 @@ def pretended_graphs(monkeypatch):
     monkeypatch.setattr(capture, "on_side_stream", on_side_stream)
     monkeypatch.setattr(capture, "capture", record)
     return events
+
+
+def test_only_this_thread_is_kept_from_waiting_for_the_device(monkeypatch):
+    modes = []
+
+    def graph(graph: object, capture_error_mode: str) -> nullcontext[None]:
+        modes.append(capture_error_mode)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture.capture(lambda: None, ())
+    assert modes == ["thread_local"]
 
 
 def test_warm_up_then_one_capture_then_replays_on_new_numbers(pretended_graphs):
