@@ -60,6 +60,9 @@ def weigh(make: Callable[[torch.device], Variant], fake: bool) -> dict[str, int]
 def allocated(make: Callable[[torch.device], Variant]) -> int:
     """Return the bytes that the GPU's allocator gave out at most for gradients of one batch, without moments."""
     variant = make(torch.device("cuda"))
+    # the first time cuBLAS takes memory of its own, which stays
+    variant.backward()
+    variant.network.zero_grad(set_to_none=True)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     variant.backward()

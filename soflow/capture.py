@@ -1,6 +1,7 @@
 """A call as one CUDA graph: warmed up, captured once, then replayed on new numbers in the same memory."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,11 +56,17 @@ class CapturedCall:
 
 def on_side_stream(call: Callable[..., None], inputs: Inputs) -> None:
     """Make an eager call on a stream of its own, before and after which the current one waits."""
-    stream = torch.cuda.Stream()
+    stream = _side_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call(*inputs)
     torch.cuda.current_stream().wait_stream(stream)
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    # the same every time: what the allocator keeps for one stream it gives to no other
+    return torch.cuda.Stream(device)
 
 
 def capture(call: Callable[..., None], inputs: Inputs) -> Callable[[], None]:
