@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, register
-from soflow.kernels.math import GELU_CUBE, GELU_SCALE, sigmoid, sigmoid_derivative, tanh, tanh_difference
+from soflow.kernels.math import GELU_CUBE, GELU_SCALE, sigmoid, sigmoid_derivative, sigmoid_difference
 
 BLOCK_D = 512
 ROWS = 4
@@ -27,9 +27,8 @@ def _gelu_fwd_kernel(x_ptr, bias_ptr, y_ptr, M, D, ROWS: tl.constexpr, BLOCK_D: 
     mask = (rows[:, None] < M) & (cols[None, :] < D)
     bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
-    u = GELU_SCALE * (y + GELU_CUBE * y * y * y)
-    # y (1 + tanh(u)) / 2, as a sigmoid: no cancellation where tanh nears -1
-    tl.store(y_ptr + offs, y * sigmoid(2.0 * u), mask=mask)
+    # y (1 + tanh(u)) / 2 as y sigmoid(2 u): no cancellation where tanh nears -1
+    tl.store(y_ptr + offs, y * sigmoid(y * (GELU_SCALE + GELU_CUBE * (y * y))), mask=mask)
 
 
 @triton.jit
@@ -46,9 +45,9 @@ def _gelu_bwd_kernel(
         mask = (rows[:, None] < M) & (cols[None, :] < D)
         y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        u = GELU_SCALE * (y + GELU_CUBE * y * y * y)
-        du = GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * y * y)
-        dx = dy * (sigmoid(2.0 * u) + 2.0 * y * sigmoid_derivative(2.0 * u) * du)
+        square = y * y
+        s, ds = sigmoid_derivative(y * (GELU_SCALE + GELU_CUBE * square))
+        dx = dy * (s + y * ds * (GELU_SCALE + 3.0 * GELU_CUBE * square))
         tl.store(dx_ptr + offs, dx, mask=mask)
         dbias += tl.sum(dx, axis=0)
     tl.store(dbias_partial_ptr + slab * D + cols, dbias, mask=cols < D)
@@ -63,10 +62,10 @@ def _gelu_difference_kernel(x_ptr, dx_ptr, bias_ptr, dy_ptr, M, D, ROWS: tl.cons
     bias = tl.load(bias_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     y = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
     d = tl.load(dx_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    u = GELU_SCALE * (y + GELU_CUBE * y * y * y)
-    h = GELU_SCALE * (d + GELU_CUBE * d * (3.0 * y * y + 3.0 * y * d + d * d))
-    dy = 0.5 * (d * (1.0 + tanh(u + h)) + y * tanh_difference(u, h))
-    tl.store(dy_ptr + offs, dy, mask=mask)
+    u = y * (GELU_SCALE + GELU_CUBE * (y * y))
+    du = d * (GELU_SCALE + GELU_CUBE * (3.0 * y * (y + d) + d * d))
+    s, ds = sigmoid_difference(u, du)
+    tl.store(dy_ptr + offs, d * s + y * ds, mask=mask)
 
 
 @triton.jit
@@ -83,7 +82,8 @@ def _silu_bwd_kernel(x_ptr, dy_ptr, dx_ptr, N, BLOCK_N: tl.constexpr):
     mask = offs < N
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dx_ptr + offs, dy * (sigmoid(x) + x * sigmoid_derivative(x)), mask=mask)
+    s, ds = sigmoid_derivative(x)
+    tl.store(dx_ptr + offs, dy * (s + x * ds), mask=mask)
 
 
 @triton.jit
@@ -92,7 +92,8 @@ def _silu_difference_kernel(x_ptr, dx_ptr, dy_ptr, N, BLOCK_N: tl.constexpr):
     mask = offs < N
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(dx_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(dy_ptr + offs, d * sigmoid(x + d) + 0.5 * x * tanh_difference(0.5 * x, 0.5 * d), mask=mask)
+    s, ds = sigmoid_difference(x, d)
+    tl.store(dy_ptr + offs, d * s + x * ds, mask=mask)
 
 
 def _tiles(x: Tensor) -> tuple[int, int, tuple[int, int]]:

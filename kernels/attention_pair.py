@@ -4,7 +4,7 @@ qkv, dqkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), without permut
 their inputs in the dtype of qkv and sum in fp32; scores, softmax and their differences are fp32.
 
 A program owns a block of queries of one head and walks the keys twice: for the normalisers of S and S + dS and for
-z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv. The formulas, for small and for large differences, are
+z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv; one block of keys keeps its scores. The formulas, for small and for large differences, are
 those of `reference.attention_difference`, which takes heads wider than 128.
 """
 
@@ -27,12 +27,49 @@ def _sum(a, b):
 
 
 @triton.jit
-def _scores(q, dq, q_moved, k, dk, keys, T, scale):
+def _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """S and dS of one block of queries and keys; keys beyond T get S = -inf."""
+    k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
     S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     S = tl.where(keys[None, :] < T, S, float("-inf"))
     dS = tl.dot(dq, tl.trans(k), input_precision="ieee") + tl.dot(q_moved, tl.trans(dk), input_precision="ieee")
     return S, dS * scale
+
+
+@triton.jit
+def _sums(S, dS, row_max, moved_max):
+    """Of one block of keys: sum(P), sum(P expm1(dS)) and the sum of the moved P, of softmaxes not yet normalised."""
+    P = tl.exp(S - row_max[:, None])
+    moved = tl.exp(S + dS - moved_max[:, None])
+    return tl.sum(P, axis=1), tl.sum(P * expm1(dS), axis=1), tl.sum(moved, axis=1)
+
+
+@triton.jit
+def _moved_values(
+    S,
+    dS,
+    row_max,
+    normaliser,
+    lz,
+    qkv_ptr,
+    dqkv_ptr,
+    keys,
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What one block of keys adds to do = dP (v + dv) + P dv."""
+    S -= row_max[:, None]
+    factor = (1.0 / normaliser)[:, None]
+    P = tl.exp(S) * factor
+    g = dS - lz[:, None]
+    dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S + g) * factor - P)
+    v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    dv = load_block(dqkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    do = tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
+    return do + tl.dot(P.to(v.dtype), dv, input_precision="ieee")
 
 
 @triton.jit
@@ -46,48 +83,44 @@ def _attention_difference_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     dq = load_block(dqkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     q_moved = _sum(q, dq)
-    row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    normaliser = tl.zeros((BLOCK_T,), tl.float32)
-    moved_normaliser = tl.zeros((BLOCK_T,), tl.float32)
-    z = tl.zeros((BLOCK_T,), tl.float32)
-    for first in range(0, T, BLOCK_T):
-        keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
-        new_max = tl.maximum(row_max, tl.max(S, axis=1))
-        shrink = tl.exp(row_max - new_max)
-        P = tl.exp(S - new_max[:, None])
-        normaliser = normaliser * shrink + tl.sum(P, axis=1)
-        z = z * shrink + tl.sum(P * expm1(dS), axis=1)
-        row_max = new_max
-        new_max = tl.maximum(moved_max, tl.max(S + dS, axis=1))
-        shrink = tl.exp(moved_max - new_max)
-        moved_normaliser = moved_normaliser * shrink + tl.sum(tl.exp(S + dS - new_max[:, None]), axis=1)
-        moved_max = new_max
+    if ONE_BLOCK:
+        S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, queries, T, H, scale, HEAD_DIM, BLOCK_D)
+        row_max, moved_max = tl.max(S, axis=1), tl.max(S + dS, axis=1)
+        normaliser, z, moved_normaliser = _sums(S, dS, row_max, moved_max)
+    else:
+        row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+        normaliser = tl.zeros((BLOCK_T,), tl.float32)
+        moved_normaliser = tl.zeros((BLOCK_T,), tl.float32)
+        z = tl.zeros((BLOCK_T,), tl.float32)
+        for first in range(0, T, BLOCK_T):
+            keys = first + tl.arange(0, BLOCK_T)
+            S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
+            new_max = tl.maximum(row_max, tl.max(S, axis=1))
+            new_moved_max = tl.maximum(moved_max, tl.max(S + dS, axis=1))
+            shrink, moved_shrink = tl.exp(row_max - new_max), tl.exp(moved_max - new_moved_max)
+            row_max, moved_max = new_max, new_moved_max
+            sum_P, sum_z, sum_moved = _sums(S, dS, row_max, moved_max)
+            normaliser = normaliser * shrink + sum_P
+            z = z * shrink + sum_z
+            moved_normaliser = moved_normaliser * moved_shrink + sum_moved
     z = z / normaliser
-    normaliser = row_max + tl.log(normaliser)
-    lz = tl.where(tl.abs(z) < 0.5, log1p(z), moved_max + tl.log(moved_normaliser) - normaliser)
+    lz = tl.where(tl.abs(z) < 0.5, log1p(z), moved_max - row_max + tl.log(moved_normaliser / normaliser))
 
-    do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, T, BLOCK_T):
-        keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        S, dS = _scores(q, dq, q_moved, k, dk, keys, T, scale)
-        P = tl.exp(S - normaliser[:, None])
-        g = dS - lz[:, None]
-        dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S - normaliser[:, None] + g) - P)
-        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        dv = load_block(dqkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        do += tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
-        do += tl.dot(P.to(v.dtype), dv, input_precision="ieee")
+    if ONE_BLOCK:
+        do = _moved_values(S, dS, row_max, normaliser, lz, qkv_ptr, dqkv_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
+    else:
+        do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        for first in range(0, T, BLOCK_T):
+            keys = first + tl.arange(0, BLOCK_T)
+            S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
+            do += _moved_values(S, dS, row_max, normaliser, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D)
     store_block(do_ptr, 0, 1, do, queries, T, H, HEAD_DIM, BLOCK_D)
 
 
@@ -97,8 +130,8 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
     head_dim = width // (3 * num_heads)
     do = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
     if do.numel():
-        launch = attention_difference_launch(head_dim)
-        _attention_difference_kernel[(triton.cdiv(T, launch.block_t), B * num_heads)](
+        launch = attention_difference_launch(T, head_dim)
+        _attention_difference_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,
             dqkv,
             do,
@@ -108,6 +141,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
             HEAD_DIM=head_dim,
             BLOCK_D=launch.block_d,
             BLOCK_T=launch.block_t,
+            ONE_BLOCK=launch.block_t >= T,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         )

@@ -69,7 +69,7 @@ def _solution_loss_kernel(
     weight = weight_scale * tl.exp(-p * tl.log(mse + eps))
     value = weight * tl.where(is_consistency, gradient_factor * tl.sum(product, axis=0) / N, mse)
 
-    factor = gradient_factor * weight / (B.to(tl.float32) * N)
+    factor = gradient_factor * weight / B / N
     for first in range(0, N, BLOCK_N):
         offs = first + tl.arange(0, BLOCK_N)
         mask = offs < N

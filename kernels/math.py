@@ -3,42 +3,62 @@
 import triton
 import triton.language as tl
 
-GELU_SCALE = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
-GELU_CUBE = tl.constexpr(0.044715)
+GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+GELU_CUBE = tl.constexpr(0.07135481282553555)  # 0.044715 times that
 
 
 @triton.jit
-def tanh(x):
-    """tanh(x), precise relative to itself also for small x.  Polynomial: Cephes, tanhf."""
-    a = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
-    z = x * x
-    p = -5.70498872745e-3
-    p = p * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    return tl.where(a < 0.625, p * z * x + x, tl.where(x < 0, -large, large))
+def _expm1_series(x):
+    """exp(x) - 1 for |x| < 1/2, precise relative to itself."""
+    p = 2.7557319e-6
+    p = p * x + 2.4801587e-5
+    p = p * x + 1.98412698e-4
+    p = p * x + 1.388888889e-3
+    p = p * x + 8.333333333e-3
+    p = p * x + 4.1666666667e-2
+    p = p * x + 1.6666666667e-1
+    p = p * x + 0.5
+    return p * x * x + x
 
 
 @triton.jit
-def tanh_difference(x, dx):
-    """tanh(x + dx) - tanh(x)."""
-    return tanh(dx) * (1.0 - tanh(x) * tanh(x + dx))
+def expm1(x):
+    """exp(x) - 1, precise relative to itself also for small x."""
+    return tl.where(tl.abs(x) < 0.5, _expm1_series(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _exp(x):
+    """exp(min(x, 80)): 1 + exp(x) stays finite, and so does its reciprocal."""
+    return tl.exp(tl.minimum(x, 80.0))
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+    """1 / (1 + exp(-x))."""
+    return 1.0 / (1.0 + _exp(-x))
 
 
 @triton.jit
 def sigmoid_derivative(x):
-    """sigmoid(x) (1 - sigmoid(x)), without the cancellation where sigmoid nears 1."""
-    e = tl.exp(-tl.abs(x))
-    return e / ((1.0 + e) * (1.0 + e))
+    """sigmoid(x), and its derivative sigmoid(x) (1 - sigmoid(x)) without the cancellation where sigmoid nears 1."""
+    e = _exp(-x)
+    s = 1.0 / (1.0 + e)
+    return s, e * s * s
+
+
+@triton.jit
+def sigmoid_difference(x, dx):
+    """sigmoid(x + dx), and sigmoid(x + dx) - sigmoid(x) precise relative to itself.
+
+    For low < high the difference is (1 - exp(low - high)) / ((1 + exp(-high)) (1 + exp(low))): nothing cancels.
+    """
+    low, high = tl.minimum(x, x + dx), tl.maximum(x, x + dx)
+    a, b = _exp(-high), _exp(low)
+    r = 1.0 / ((1.0 + a) * (1.0 + b))
+    gap = tl.abs(dx)
+    gap = tl.where(gap < 0.5, -_expm1_series(-gap), 1.0 - a * b)
+    return r * tl.where(dx < 0, b * (1.0 + a), 1.0 + b), r * tl.where(dx < 0, -gap, gap)
 
 
 @triton.jit
@@ -62,13 +82,6 @@ def cos_sin_turns(u):
     cos_sign = tl.where((quarter == 1.0) | (quarter == 2.0), -1.0, 1.0)
     sin_sign = tl.where(quarter >= 2.0, tl.where(quarter == 4.0, 1.0, -1.0), 1.0)
     return cos_sign * tl.where(turned, sin, cos), sin_sign * tl.where(turned, cos, sin)
-
-
-@triton.jit
-def expm1(x):
-    """exp(x) - 1, precise relative to itself also for small x."""
-    t = tanh(0.5 * x)
-    return tl.where(tl.abs(x) < 1.25, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
 
 
 @triton.jit

@@ -18,13 +18,19 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, register
-from soflow.kernels.tuning import attention_is_fused, attention_launch
+from soflow.kernels.tuning import attention_bwd_launch, attention_is_fused, attention_launch
+
+
+@triton.jit
+def _head(H):
+    """The program's head, counted over all samples."""
+    return tl.program_id(2).to(tl.int64) * H + tl.program_id(1)
 
 
 @triton.jit
 def _places(ptr, part: tl.constexpr, parts: tl.constexpr, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers to tokens of the program's head, (BLOCK_T, BLOCK_D), in (B, T, parts, H, d), and which of them exist."""
-    sample, head = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
+    sample, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
     cols = tl.arange(0, BLOCK_D)
     width = H * HEAD_DIM
     base = sample * T * parts * width + head * HEAD_DIM + part * width
@@ -57,7 +63,7 @@ def _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.c
     o = load_block(o_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
     # beyond T: exp(S - inf) = 0
-    lse = tl.load(lse_ptr + tl.program_id(1).to(tl.int64) * T + queries, mask=queries < T, other=float("inf"))
+    lse = tl.load(lse_ptr + _head(H) * T + queries, mask=queries < T, other=float("inf"))
     q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     return q, do, lse, delta
 
@@ -106,7 +112,7 @@ def _attention_fwd_kernel(
         o = o * shrink[:, None] + tl.dot(P.to(v.dtype), v, input_precision="ieee")
         row_max = new_max
     store_block(o_ptr, 0, 1, o / normaliser[:, None], queries, T, H, HEAD_DIM, BLOCK_D)
-    lse_offs = tl.program_id(1).to(tl.int64) * T + queries
+    lse_offs = _head(H) * T + queries
     tl.store(lse_ptr + lse_offs, row_max + tl.log(normaliser), mask=queries < T)
 
 
@@ -205,7 +211,7 @@ def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
         launch = attention_launch(T, head_dim)
-        _attention_fwd_kernel[(triton.cdiv(T, launch.block_t), B * num_heads)](
+        _attention_fwd_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,
             o,
             lse,
@@ -227,11 +233,11 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
     if dqkv.numel():
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
-        launch = attention_launch(T, head_dim)
+        launch = attention_bwd_launch(T, head_dim)
         num_blocks = triton.cdiv(T, launch.block_t)
         many = (_attention_bwd_kv_kernel, _attention_bwd_q_kernel)
         for kernel in (_attention_bwd_few_kernel,) if num_blocks == 1 else many:
-            kernel[(num_blocks, B * num_heads)](
+            kernel[(num_blocks, num_heads, B)](
                 qkv,
                 o,
                 lse,

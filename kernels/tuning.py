@@ -36,17 +36,25 @@ class AttentionLaunch(NamedTuple):
 
 
 def attention_launch(T: int, head_dim: int) -> AttentionLaunch:
-    """Return the launch of attention, forward and backward: up to FEW_TOKENS tokens are one block."""
-    block_d = _padded(head_dim)
-    if T <= FEW_TOKENS:
-        return AttentionLaunch(_padded(T), block_d, 4 if block_d <= 64 else 8, 1)
-    return AttentionLaunch(64, block_d, 4, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 2)
+    """Return the launch of attention: up to FEW_TOKENS tokens are one block.
+
+    Four warps, of which every one owns rows of the scores: eight would share them and compute many twice.
+    """
+    return AttentionLaunch(min(_padded(T), 64), _padded(head_dim), 4, 1)
 
 
-def attention_difference_launch(head_dim: int) -> AttentionLaunch:
+def attention_bwd_launch(T: int, head_dim: int) -> AttentionLaunch:
+    """Return the launch of attention backward; wide heads of many tokens need the registers of eight warps."""
+    launch = attention_launch(T, head_dim)
+    return launch._replace(num_warps=8) if T > FEW_TOKENS and launch.block_d > 64 else launch
+
+
+def attention_difference_launch(T: int, head_dim: int) -> AttentionLaunch:
     """Return the launch of the difference of attention."""
-    block_d = _padded(head_dim)
-    return AttentionLaunch(64, block_d, 8, 1) if block_d <= 64 else AttentionLaunch(32, block_d, 8, 1)
+    launch = attention_launch(T, head_dim)
+    if launch.block_d > 64:
+        return launch._replace(block_t=min(launch.block_t, 32))
+    return launch if T <= FEW_TOKENS else launch._replace(block_t=32, num_warps=2)
 
 
 def attention_is_fused(T: int, head_dim: int) -> bool:
