@@ -28,9 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from soflow.kernels import activation, adaln, attention_pair, loss, point, self_attention
+from soflow.kernels import activation, adaln, adaln_pair, attention_pair, loss, point, self_attention
 
-MODULES: tuple[ModuleType, ...] = (activation, adaln, attention_pair, loss, point, self_attention)
+MODULES: tuple[ModuleType, ...] = (activation, adaln, adaln_pair, attention_pair, loss, point, self_attention)
 ARCHITECTURES = (80, 90, 100)
 # bytes a program may have: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100; columns of tensor memory on sm_100
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -139,7 +139,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
             setattr(module, name, kernel)
 
 
-def launch_network(T: int, D: int, num_heads: int) -> None:
+def launch_network(
+    T: int, D: int, num_heads: int, batch_size: int = BATCH_SIZE, num_consistency: int = NUM_CONSISTENCY
+) -> None:
     """Call every launcher that one block of a network of T tokens, width D and so many heads needs, as bf16 trains it.
 
     The residual stream and the modulations are float32, what the branches read and write bfloat16.
@@ -152,24 +154,24 @@ def launch_network(T: int, D: int, num_heads: int) -> None:
     def modulation(B: int) -> list[Tensor]:
         return list(torch.empty(B, 6 * D, device="meta").chunk(6, dim=1))
 
-    x, (a, b, c, *_) = activations(BATCH_SIZE, D, torch.float32), modulation(BATCH_SIZE)
-    d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D, torch.float32), modulation(NUM_CONSISTENCY)
-    y, dy = activations(BATCH_SIZE, D), activations(NUM_CONSISTENCY, D)
+    x, (a, b, c, *_) = activations(batch_size, D, torch.float32), modulation(batch_size)
+    d, (da, db, dc, *_) = activations(num_consistency, D, torch.float32), modulation(num_consistency)
+    y, dy = activations(batch_size, D), activations(num_consistency, D)
     eps = 1e-6
     h, mean, rstd = adaln._launch_modulated_norm_fwd(x, a, b, eps, half)
     adaln._launch_modulated_norm_bwd(x, b, mean, rstd, h)
-    adaln._launch_modulated_norm_difference(d, d, da, db, dc, eps, half)
+    adaln_pair._launch_modulated_norm_difference(d, d, da, db, dc, eps, half)
     z, h, mean, rstd = adaln._launch_gate_residual_norm_fwd(x, y, a, b, c, eps, half)
     adaln._launch_gate_residual_norm_bwd(y, a, z, b, mean, rstd, z, h)
-    adaln._launch_gate_residual_norm_difference(dy, da, d, db, d, dy, da, db, dc, eps, half)
-    wide, bias = activations(BATCH_SIZE, 4 * D), torch.empty(4 * D, device="meta", dtype=half)
+    adaln_pair._launch_gate_residual_norm_difference(dy, da, d, db, d, dy, da, db, dc, eps, half)
+    wide, bias = activations(batch_size, 4 * D), torch.empty(4 * D, device="meta", dtype=half)
     activation._launch_gelu_fwd(wide, bias)
     activation._launch_gelu_bwd(wide, bias, wide)
-    activation._launch_gelu_difference(activations(NUM_CONSISTENCY, 4 * D), activations(NUM_CONSISTENCY, 4 * D), bias)
-    qkv = activations(BATCH_SIZE, 3 * D)
+    activation._launch_gelu_difference(activations(num_consistency, 4 * D), activations(num_consistency, 4 * D), bias)
+    qkv = activations(batch_size, 3 * D)
     o, lse = self_attention._launch_attention_fwd(qkv, num_heads)
     self_attention._launch_attention_bwd(qkv, o, lse, o, num_heads)
-    packed = activations(NUM_CONSISTENCY, 3 * D)
+    packed = activations(num_consistency, 3 * D)
     attention_pair._launch_attention_difference(packed, packed, num_heads)
     activation._launch_silu_fwd(a.contiguous())
     activation._launch_silu_bwd(a.contiguous(), a.contiguous())
@@ -183,22 +185,24 @@ def launch_few_numbers() -> None:
     point._launch_normal(keys, keys, 2, keys, 3)
 
 
-def launch_point() -> None:
-    """Call every launcher of the training point and the loss, at the shape of the latents, in fp32."""
-    x = torch.empty(BATCH_SIZE, *LATENT, device="meta")
-    d = torch.empty(NUM_CONSISTENCY, *LATENT, device="meta")
-    rows = torch.empty(BATCH_SIZE, device="meta")
-    keys = torch.empty(BATCH_SIZE, device="meta", dtype=torch.int64)
+def launch_point(
+    shape: tuple[int, ...] = LATENT, batch_size: int = BATCH_SIZE, num_consistency: int = NUM_CONSISTENCY
+) -> None:
+    """Call every launcher of the training point and the loss, for samples of that shape, in fp32."""
+    x = torch.empty(batch_size, *shape, device="meta")
+    d = torch.empty(num_consistency, *shape, device="meta")
+    rows = torch.empty(batch_size, device="meta")
+    keys = torch.empty(batch_size, device="meta", dtype=torch.int64)
     point._launch_uniform(keys, keys, 3, keys, x[0].numel())
     point._launch_normal(keys, keys, 2, keys, x[0].numel())
     point._launch_draw(x, x, keys, keys, keys)
     point._launch_interpolate(x, x, rows, rows, rows, rows)
-    dt = torch.empty(NUM_CONSISTENCY, device="meta")
+    dt = torch.empty(num_consistency, device="meta")
     point._launch_look_ahead(x, x, d, rows, rows, dt)
     point._launch_look_ahead(x, x, None, rows, rows, dt)
-    table = torch.empty(BATCH_SIZE, loss.NUM_COLUMNS, device="meta")
+    coefficients = torch.empty(batch_size, 4, device="meta")
     for dtype in (torch.float32, torch.bfloat16):
-        loss._launch_solution_loss(x.to(dtype), d.to(dtype), x, x, table, 1.0, 0.01)
+        loss._launch_solution_loss(x.to(dtype), d.to(dtype), x, x, coefficients, rows, rows, 1.0, 0.01)
 
 
 def compile_launch(launch: Launch, arch: int) -> dict[str, int]:

@@ -12,12 +12,8 @@ from soflow.kernels.reference import __all__ as __all__
 
 if find_spec("triton") is not None:
     from soflow.kernels.activation import gelu, gelu_difference, silu, silu_difference
-    from soflow.kernels.adaln import (
-        gate_residual_norm,
-        gate_residual_norm_difference,
-        modulated_norm,
-        modulated_norm_difference,
-    )
+    from soflow.kernels.adaln import gate_residual_norm, modulated_norm
+    from soflow.kernels.adaln_pair import gate_residual_norm_difference, modulated_norm_difference
     from soflow.kernels.attention_pair import attention_difference
     from soflow.kernels.loss import solution_loss
     from soflow.kernels.point import draw, interpolate, look_ahead, normal, uniform

@@ -1,11 +1,12 @@
-"""Adaptive layer norm: LayerNorm + modulate, and gate + residual + LayerNorm + modulate, with their differences.
+"""Adaptive layer norm: LayerNorm + modulate, and gate + residual + LayerNorm + modulate, forward and backward.
 
 x, y, z, h: (B, T, D) fp32 | bf16 | fp16.  gate, shift, scale: (B, D), last dimension contiguous (chunks of one tensor).
 Math in fp32; z has the dtype of x, the modulated result h the one asked for (a bf16 branch of an fp32 residual stream),
 gradients that of what they belong to.
 
-One row per program, padded to a power of two. Backward: a program walks the rows of a slab of tokens and keeps the sums
-for dshift, dscale and dgate in registers; one partial per slab, then one ordered sum: no atomics, the same bits again.
+One row per program, padded to a power of two. Backward: a program walks the rows of a slab of tokens, the next ones on
+their way while it computes, and keeps the sums for dshift, dscale and dgate in registers; where a sample has several
+slabs an ordered sum over them follows: no atomics, the same bits again.
 """
 
 import torch
@@ -15,46 +16,58 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, register
-from soflow.kernels.tuning import norm_warps, num_slabs
+from soflow.kernels.tuning import NORM_BWD_STAGES, norm_warps, num_slabs
 
 
 @triton.jit
-def _load_row(ptr, offs, mask):
+def load_row(ptr, offs, mask):
+    """One row in fp32, zero where the mask is false."""
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps):
+def _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D: tl.constexpr, eps):
     """LayerNorm + modulate of one row, and its statistics for backward."""
-    mean = tl.sum(x, axis=0) / D
+    mean = tl.sum(x, axis=0) * (1.0 / D)
     xc = tl.where(mask, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(xc * xc, axis=0) / D + eps)
+    rstd = tl.rsqrt(tl.sum(xc * xc, axis=0) * (1.0 / D) + eps)
     tl.store(h_ptr + row * D + cols, xc * rstd * (1.0 + scale) + shift, mask=mask)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
 
 @triton.jit
-def _norm_backward(x, mean, rstd, dh, factor, mask, D):
+def _norm_backward(x, mean, rstd, dh, factor, mask, D: tl.constexpr):
     """The normed row, and the gradient that reaches it through LayerNorm + modulate; factor = 1 + scale."""
     normed = tl.where(mask, (x - mean) * rstd, 0.0)
     dnormed = dh * factor
-    mean_dnormed = tl.sum(dnormed, axis=0) / D
-    mean_product = tl.sum(dnormed * normed, axis=0) / D
+    mean_dnormed = tl.sum(dnormed, axis=0) * (1.0 / D)
+    mean_product = tl.sum(dnormed * normed, axis=0) * (1.0 / D)
     return normed, rstd * (dnormed - mean_dnormed - normed * mean_product)
 
 
 @triton.jit
 def _modulated_norm_fwd_kernel(
-    x_ptr, shift_ptr, scale_ptr, h_ptr, mean_ptr, rstd_ptr, stride_shift, stride_scale, T, D, eps, BLOCK_D: tl.constexpr
+    x_ptr,
+    shift_ptr,
+    scale_ptr,
+    h_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_shift,
+    stride_scale,
+    T,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     sample = row // T
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    x = _load_row(x_ptr, row * D + cols, mask)
-    scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
-    shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
+    x = load_row(x_ptr, row * D + cols, mask)
+    scale = load_row(scale_ptr, sample * stride_scale + cols, mask)
+    shift = load_row(shift_ptr, sample * stride_shift + cols, mask)
     _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps)
 
 
@@ -73,21 +86,21 @@ def _gate_residual_norm_fwd_kernel(
     stride_shift,
     stride_scale,
     T,
-    D,
     eps,
+    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     sample = row // T
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
-    z = _load_row(x_ptr, row * D + cols, mask) + gate * _load_row(y_ptr, row * D + cols, mask)
+    gate = load_row(gate_ptr, sample * stride_gate + cols, mask)
+    z = load_row(x_ptr, row * D + cols, mask) + gate * load_row(y_ptr, row * D + cols, mask)
     # what backward will load: the norm of the stored value, not of the unrounded one
     z = z.to(z_ptr.dtype.element_ty).to(tl.float32)
     tl.store(z_ptr + row * D + cols, z, mask=mask)
-    scale = _load_row(scale_ptr, sample * stride_scale + cols, mask)
-    shift = _load_row(shift_ptr, sample * stride_shift + cols, mask)
+    scale = load_row(scale_ptr, sample * stride_scale + cols, mask)
+    shift = load_row(shift_ptr, sample * stride_shift + cols, mask)
     _store_modulated_norm(z, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols, mask, D, eps)
 
 
@@ -99,31 +112,33 @@ def _modulated_norm_bwd_kernel(
     rstd_ptr,
     dh_ptr,
     dx_ptr,
-    partial_ptr,
+    dshift_ptr,
+    dscale_ptr,
     stride_scale,
     T,
-    D,
     SLAB,
+    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     slab = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    factor = 1.0 + load_row(scale_ptr, sample * stride_scale + cols, mask)
     dshift = tl.zeros((BLOCK_D,), tl.float32)
     dscale = tl.zeros((BLOCK_D,), tl.float32)
-    for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
+    for token in tl.range(slab * SLAB, min(slab * SLAB + SLAB, T), num_stages=STAGES):
         row = sample * T + token
-        x = _load_row(x_ptr, row * D + cols, mask)
-        dh = _load_row(dh_ptr, row * D + cols, mask)
+        x = load_row(x_ptr, row * D + cols, mask)
+        dh = load_row(dh_ptr, row * D + cols, mask)
         normed, dx = _norm_backward(x, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
         dshift += dh
         dscale += dh * normed
         tl.store(dx_ptr + row * D + cols, dx, mask=mask)
-    base = partial_ptr + (sample * tl.num_programs(0) + slab) * 2 * D
-    tl.store(base + cols, dshift, mask=mask)
-    tl.store(base + D + cols, dscale, mask=mask)
+    sums = (sample * tl.num_programs(0) + slab) * D + cols
+    tl.store(dshift_ptr + sums, dshift, mask=mask)
+    tl.store(dscale_ptr + sums, dscale, mask=mask)
 
 
 @triton.jit
@@ -138,130 +153,53 @@ def _gate_residual_norm_bwd_kernel(
     dh_ptr,
     dx_ptr,
     dy_ptr,
-    partial_ptr,
+    dgate_ptr,
+    dshift_ptr,
+    dscale_ptr,
     stride_gate,
     stride_scale,
     T,
-    D,
     SLAB,
+    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     slab = tl.program_id(0)
     sample = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
-    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
-    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
+    gate = load_row(gate_ptr, sample * stride_gate + cols, mask)
+    factor = 1.0 + load_row(scale_ptr, sample * stride_scale + cols, mask)
     dgate = tl.zeros((BLOCK_D,), tl.float32)
     dshift = tl.zeros((BLOCK_D,), tl.float32)
     dscale = tl.zeros((BLOCK_D,), tl.float32)
-    for token in range(slab * SLAB, min(slab * SLAB + SLAB, T)):
+    for token in tl.range(slab * SLAB, min(slab * SLAB + SLAB, T), num_stages=STAGES):
         row = sample * T + token
-        z = _load_row(z_ptr, row * D + cols, mask)
-        dh = _load_row(dh_ptr, row * D + cols, mask)
+        z = load_row(z_ptr, row * D + cols, mask)
+        dh = load_row(dh_ptr, row * D + cols, mask)
         normed, dz = _norm_backward(z, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
         dshift += dh
         dscale += dh * normed
-        dx = _load_row(dz_ptr, row * D + cols, mask) + dz
-        dgate += dx * _load_row(y_ptr, row * D + cols, mask)
+        dx = load_row(dz_ptr, row * D + cols, mask) + dz
+        dgate += dx * load_row(y_ptr, row * D + cols, mask)
         tl.store(dx_ptr + row * D + cols, dx, mask=mask)
         tl.store(dy_ptr + row * D + cols, dx * gate, mask=mask)
-    base = partial_ptr + (sample * tl.num_programs(0) + slab) * 3 * D
-    tl.store(base + cols, dgate, mask=mask)
-    tl.store(base + D + cols, dshift, mask=mask)
-    tl.store(base + 2 * D + cols, dscale, mask=mask)
-
-
-@triton.jit
-def _norm_difference(x, dx, factor, dshift, dscale, mask, D, eps):
-    """The difference of LayerNorm + modulate of one row; factor = 1 + scale."""
-    xc = tl.where(mask, x - tl.sum(x, axis=0) / D, 0.0)
-    dc = tl.where(mask, dx - tl.sum(dx, axis=0) / D, 0.0)
-    var = tl.sum(xc * xc, axis=0) / D + eps
-    dvar = tl.sum(dc * (2.0 * xc + dc), axis=0) / D
-    std_0 = tl.sqrt(var)
-    std_1 = tl.sqrt(var + dvar)
-    dnormed = dc / std_1 - xc * (dvar / (std_0 * std_1 * (std_0 + std_1)))
-    return xc / std_0 * dscale + dnormed * (factor + dscale) + dshift
-
-
-@triton.jit
-def _modulated_norm_difference_kernel(
-    x_ptr,
-    dx_ptr,
-    scale_ptr,
-    dshift_ptr,
-    dscale_ptr,
-    dh_ptr,
-    stride_scale,
-    stride_dshift,
-    stride_dscale,
-    T,
-    D,
-    eps,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    sample = row // T
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < D
-    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
-    dshift = _load_row(dshift_ptr, sample * stride_dshift + cols, mask)
-    dscale = _load_row(dscale_ptr, sample * stride_dscale + cols, mask)
-    x = _load_row(x_ptr, row * D + cols, mask)
-    dx = _load_row(dx_ptr, row * D + cols, mask)
-    tl.store(dh_ptr + row * D + cols, _norm_difference(x, dx, factor, dshift, dscale, mask, D, eps), mask=mask)
-
-
-@triton.jit
-def _gate_residual_norm_difference_kernel(
-    y_ptr,
-    gate_ptr,
-    z_ptr,
-    scale_ptr,
-    dx_ptr,
-    dy_ptr,
-    dgate_ptr,
-    dshift_ptr,
-    dscale_ptr,
-    dz_ptr,
-    dh_ptr,
-    stride_gate,
-    stride_scale,
-    stride_dgate,
-    stride_dshift,
-    stride_dscale,
-    T,
-    D,
-    eps,
-    BLOCK_D: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    sample = row // T
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < D
-    gate = _load_row(gate_ptr, sample * stride_gate + cols, mask)
-    dgate = _load_row(dgate_ptr, sample * stride_dgate + cols, mask)
-    y = _load_row(y_ptr, row * D + cols, mask)
-    dy = _load_row(dy_ptr, row * D + cols, mask)
-    dz = _load_row(dx_ptr, row * D + cols, mask) + y * dgate + dy * (gate + dgate)
-    dz = dz.to(dz_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(dz_ptr + row * D + cols, dz, mask=mask)
-    factor = 1.0 + _load_row(scale_ptr, sample * stride_scale + cols, mask)
-    dshift = _load_row(dshift_ptr, sample * stride_dshift + cols, mask)
-    dscale = _load_row(dscale_ptr, sample * stride_dscale + cols, mask)
-    z = _load_row(z_ptr, row * D + cols, mask)
-    tl.store(dh_ptr + row * D + cols, _norm_difference(z, dz, factor, dshift, dscale, mask, D, eps), mask=mask)
+    sums = (sample * tl.num_programs(0) + slab) * D + cols
+    tl.store(dgate_ptr + sums, dgate, mask=mask)
+    tl.store(dshift_ptr + sums, dshift, mask=mask)
+    tl.store(dscale_ptr + sums, dscale, mask=mask)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def _dense_last(c: Tensor) -> Tensor:
+def dense_last(c: Tensor) -> Tensor:
+    """Return c, copied unless its last dimension is contiguous."""
     return c if c.stride(-1) == 1 else c.contiguous()
 
 
-def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a dense tensor without values of x's shape, of `dtype` or x's."""
     return torch.empty(x.shape, device=x.device, dtype=dtype or x.dtype)
 
 
@@ -269,12 +207,21 @@ def _row_stats(x: Tensor) -> Tensor:
     return torch.empty(x.shape[:2], device=x.device, dtype=torch.float32)
 
 
+def _slab_sums(c: Tensor, slabs: int) -> Tensor:
+    """Room for the sums of each slab, (B, slabs, D): those of a single slab are the gradient of c already."""
+    return torch.empty((len(c), slabs, c.shape[1]), device=c.device, dtype=c.dtype if slabs == 1 else torch.float32)
+
+
+def _whole_sum(sums: Tensor, c: Tensor) -> Tensor:
+    return sums.squeeze(1) if sums.shape[1] == 1 else sums.sum(1).to(c.dtype)
+
+
 def _launch_modulated_norm_fwd(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, shift, scale = x.contiguous(), _dense_last(shift), _dense_last(scale)
+    x, shift, scale = x.contiguous(), dense_last(shift), dense_last(scale)
     B, T, D = x.shape
-    h, mean, rstd = _empty(x, dtype), _row_stats(x), _row_stats(x)
+    h, mean, rstd = empty(x, dtype), _row_stats(x), _row_stats(x)
     if B * T:
         _modulated_norm_fwd_kernel[(B * T,)](
             x,
@@ -286,8 +233,8 @@ def _launch_modulated_norm_fwd(
             shift.stride(0),
             scale.stride(0),
             T,
-            D,
             eps,
+            D=D,
             BLOCK_D=triton.next_power_of_2(D),
             num_warps=norm_warps(D),
         )
@@ -298,9 +245,9 @@ def _launch_gate_residual_norm_fwd(
     x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
-    gate, shift, scale = _dense_last(gate), _dense_last(shift), _dense_last(scale)
+    gate, shift, scale = dense_last(gate), dense_last(shift), dense_last(scale)
     B, T, D = x.shape
-    z, h, mean, rstd = torch.empty_like(x), _empty(x, dtype), _row_stats(x), _row_stats(x)
+    z, h, mean, rstd = torch.empty_like(x), empty(x, dtype), _row_stats(x), _row_stats(x)
     if B * T:
         _gate_residual_norm_fwd_kernel[(B * T,)](
             x,
@@ -316,8 +263,8 @@ def _launch_gate_residual_norm_fwd(
             shift.stride(0),
             scale.stride(0),
             T,
-            D,
             eps,
+            D=D,
             BLOCK_D=triton.next_power_of_2(D),
             num_warps=norm_warps(D),
         )
@@ -327,12 +274,12 @@ def _launch_gate_residual_norm_fwd(
 def _launch_modulated_norm_bwd(
     x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, scale, dh = x.contiguous(), _dense_last(scale), dh.contiguous()
+    x, scale, dh = x.contiguous(), dense_last(scale), dh.contiguous()
     B, T, D = x.shape
     dx = torch.empty_like(x)
     slabs = num_slabs(B, T)
-    partial = torch.empty((B, slabs, 2, D), device=x.device, dtype=torch.float32)
-    if B * T:
+    dshift, dscale = _slab_sums(scale, slabs), _slab_sums(scale, slabs)
+    if B:
         _modulated_norm_bwd_kernel[(slabs, B)](
             x,
             scale,
@@ -340,28 +287,29 @@ def _launch_modulated_norm_bwd(
             rstd,
             dh,
             dx,
-            partial,
+            dshift,
+            dscale,
             scale.stride(0),
             T,
-            D,
             triton.cdiv(T, slabs),
+            D=D,
             BLOCK_D=triton.next_power_of_2(D),
+            STAGES=NORM_BWD_STAGES,
             num_warps=norm_warps(D),
         )
-    dshift, dscale = partial.sum(1).unbind(1)
-    return dx, dshift.to(scale.dtype, copy=True), dscale.to(scale.dtype, copy=True)
+    return dx, _whole_sum(dshift, scale), _whole_sum(dscale, scale)
 
 
 def _launch_gate_residual_norm_bwd(
     y: Tensor, gate: Tensor, z: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dz: Tensor, dh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     y, z, dz, dh = y.contiguous(), z.contiguous(), dz.contiguous(), dh.contiguous()
-    gate, scale = _dense_last(gate), _dense_last(scale)
+    gate, scale = dense_last(gate), dense_last(scale)
     B, T, D = z.shape
     dx, dy = torch.empty_like(z), torch.empty_like(y)
     slabs = num_slabs(B, T)
-    partial = torch.empty((B, slabs, 3, D), device=z.device, dtype=torch.float32)
-    if B * T:
+    dgate, dshift, dscale = _slab_sums(gate, slabs), _slab_sums(scale, slabs), _slab_sums(scale, slabs)
+    if B:
         _gate_residual_norm_bwd_kernel[(slabs, B)](
             y,
             gate,
@@ -373,88 +321,19 @@ def _launch_gate_residual_norm_bwd(
             dh,
             dx,
             dy,
-            partial,
-            gate.stride(0),
-            scale.stride(0),
-            T,
-            D,
-            triton.cdiv(T, slabs),
-            BLOCK_D=triton.next_power_of_2(D),
-            num_warps=norm_warps(D),
-        )
-    dgate, dshift, dscale = partial.sum(1).unbind(1)
-    return dx, dy, dgate.to(gate.dtype, copy=True), dshift.to(scale.dtype, copy=True), dscale.to(scale.dtype, copy=True)
-
-
-def _launch_modulated_norm_difference(
-    x: Tensor, dx: Tensor, scale: Tensor, dshift: Tensor, dscale: Tensor, eps: float, dtype: torch.dtype | None
-) -> Tensor:
-    x, dx = x.contiguous(), dx.contiguous()
-    scale, dshift, dscale = _dense_last(scale), _dense_last(dshift), _dense_last(dscale)
-    B, T, D = x.shape
-    dh = _empty(x, dtype)
-    if B * T:
-        _modulated_norm_difference_kernel[(B * T,)](
-            x,
-            dx,
-            scale,
-            dshift,
-            dscale,
-            dh,
-            scale.stride(0),
-            dshift.stride(0),
-            dscale.stride(0),
-            T,
-            D,
-            eps,
-            BLOCK_D=triton.next_power_of_2(D),
-            num_warps=norm_warps(D),
-        )
-    return dh
-
-
-def _launch_gate_residual_norm_difference(
-    y: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    dgate: Tensor,
-    dshift: Tensor,
-    dscale: Tensor,
-    eps: float,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    y, z, dx, dy = y.contiguous(), z.contiguous(), dx.contiguous(), dy.contiguous()
-    gate, scale, dgate, dshift, dscale = (_dense_last(c) for c in (gate, scale, dgate, dshift, dscale))
-    B, T, D = z.shape
-    dz, dh = torch.empty_like(z), _empty(z, dtype)
-    if B * T:
-        _gate_residual_norm_difference_kernel[(B * T,)](
-            y,
-            gate,
-            z,
-            scale,
-            dx,
-            dy,
             dgate,
             dshift,
             dscale,
-            dz,
-            dh,
             gate.stride(0),
             scale.stride(0),
-            dgate.stride(0),
-            dshift.stride(0),
-            dscale.stride(0),
             T,
-            D,
-            eps,
+            triton.cdiv(T, slabs),
+            D=D,
             BLOCK_D=triton.next_power_of_2(D),
+            STAGES=NORM_BWD_STAGES,
             num_warps=norm_warps(D),
         )
-    return dz, dh
+    return dx, dy, _whole_sum(dgate, gate), _whole_sum(dshift, scale), _whole_sum(dscale, scale)
 
 
 def _modulated_norm_cpu(
@@ -503,20 +382,20 @@ _modulated_norm_fwd = register(
     " -> (Tensor, Tensor, Tensor)",
     _launch_modulated_norm_fwd,
     _modulated_norm_cpu,
-    lambda x, shift, scale, eps, dtype: (_empty(x, dtype), _row_stats(x), _row_stats(x)),
+    lambda x, shift, scale, eps, dtype: (empty(x, dtype), _row_stats(x), _row_stats(x)),
 )
 _modulated_norm_bwd = register(
     "modulated_norm_bwd(Tensor x, Tensor scale, Tensor mean, Tensor rstd, Tensor dh) -> (Tensor, Tensor, Tensor)",
     _launch_modulated_norm_bwd,
     _modulated_norm_bwd_cpu,
-    lambda x, scale, mean, rstd, dh: (_empty(x), _empty(scale), _empty(scale)),
+    lambda x, scale, mean, rstd, dh: (empty(x), empty(scale), empty(scale)),
 )
 _gate_residual_norm_fwd = register(
     "gate_residual_norm_fwd(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, float eps,"
     " ScalarType? dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _launch_gate_residual_norm_fwd,
     _gate_residual_norm_cpu,
-    lambda x, y, gate, shift, scale, eps, dtype: (_empty(x), _empty(x, dtype), _row_stats(x), _row_stats(x)),
+    lambda x, y, gate, shift, scale, eps, dtype: (empty(x), empty(x, dtype), _row_stats(x), _row_stats(x)),
 )
 _gate_residual_norm_bwd = register(
     "gate_residual_norm_bwd(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor mean, Tensor rstd, Tensor dz,"
@@ -524,26 +403,12 @@ _gate_residual_norm_bwd = register(
     _launch_gate_residual_norm_bwd,
     _gate_residual_norm_bwd_cpu,
     lambda y, gate, z, scale, mean, rstd, dz, dh: (
-        _empty(z),
-        _empty(y),
-        _empty(gate),
-        _empty(scale),
-        _empty(scale),
+        empty(z),
+        empty(y),
+        empty(gate),
+        empty(scale),
+        empty(scale),
     ),
-)
-_modulated_norm_difference = register(
-    "modulated_norm_difference(Tensor x, Tensor dx, Tensor scale, Tensor dshift, Tensor dscale, float eps,"
-    " ScalarType? dtype) -> Tensor",
-    _launch_modulated_norm_difference,
-    reference.modulated_norm_difference,
-    lambda x, dx, scale, dshift, dscale, eps, dtype: _empty(x, dtype),
-)
-_gate_residual_norm_difference = register(
-    "gate_residual_norm_difference(Tensor y, Tensor gate, Tensor z, Tensor scale, Tensor dx, Tensor dy, Tensor dgate,"
-    " Tensor dshift, Tensor dscale, float eps, ScalarType? dtype) -> (Tensor, Tensor)",
-    _launch_gate_residual_norm_difference,
-    reference.gate_residual_norm_difference,
-    lambda y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps, dtype: (_empty(z), _empty(z, dtype)),
 )
 
 
@@ -571,9 +436,10 @@ class _GateResidualNorm(torch.autograd.Function):
         return *_gate_residual_norm_bwd(*ctx.saved_tensors, dz, dh), None, None
 
 
-def _check_rows(
+def check_rows(
     op: str, x: Tensor, activations: dict[str, Tensor], modulation: dict[str, Tensor], name: str = "x"
 ) -> None:
+    """Raise ValueError unless `x`, called `name`, is (B, T, D), so are the activations, and the modulations (B, D)."""
     check_dimensions(op, name, x, 3, "(B, T, D)")
     B, T, D = x.shape
     tokens = {key: (tensor, (B, T, D)) for key, tensor in {name: x, **activations}.items()}
@@ -585,23 +451,8 @@ def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return LayerNorm(x) (1 + scale) + shift, (B, T, D).  See `reference.modulated_norm`."""
-    _check_rows("modulated_norm", x, {}, {"shift": shift, "scale": scale})
+    check_rows("modulated_norm", x, {}, {"shift": shift, "scale": scale})
     return _ModulatedNorm.apply(x, shift, scale, eps, dtype)
-
-
-def modulated_norm_difference(
-    x: Tensor,
-    dx: Tensor,
-    scale: Tensor,
-    dshift: Tensor,
-    dscale: Tensor,
-    eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Return the difference of modulated_norm, (B, T, D).  See `reference.modulated_norm_difference`."""
-    modulation = {"scale": scale, "dshift": dshift, "dscale": dscale}
-    _check_rows("modulated_norm_difference", x, {"dx": dx}, modulation)
-    return _modulated_norm_difference(x, dx, scale, dshift, dscale, eps, dtype)
 
 
 def gate_residual_norm(
@@ -614,24 +465,5 @@ def gate_residual_norm(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return z = x + gate y and LayerNorm(z) (1 + scale) + shift, (B, T, D).  See `reference.gate_residual_norm`."""
-    _check_rows("gate_residual_norm", x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale})
+    check_rows("gate_residual_norm", x, {"y": y}, {"gate": gate, "shift": shift, "scale": scale})
     return _GateResidualNorm.apply(x, y, gate, shift, scale, eps, dtype)
-
-
-def gate_residual_norm_difference(
-    y: Tensor,
-    gate: Tensor,
-    z: Tensor,
-    scale: Tensor,
-    dx: Tensor,
-    dy: Tensor,
-    dgate: Tensor,
-    dshift: Tensor,
-    dscale: Tensor,
-    eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the differences of z and h of gate_residual_norm.  See `reference.gate_residual_norm_difference`."""
-    modulation = {"gate": gate, "scale": scale, "dgate": dgate, "dshift": dshift, "dscale": dscale}
-    _check_rows("gate_residual_norm_difference", z, {"y": y, "dx": dx, "dy": dy}, modulation, name="z")
-    return _gate_residual_norm_difference(y, gate, z, scale, dx, dy, dgate, dshift, dscale, eps, dtype)

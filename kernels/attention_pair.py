@@ -4,8 +4,9 @@ qkv, dqkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), without permut
 their inputs in the dtype of qkv and sum in fp32; scores, softmax and their differences are fp32.
 
 A program owns a block of queries of one head and walks the keys twice: for the normalisers of S and S + dS and for
-z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv; one block of keys keeps its scores. The formulas, for small and for large differences, are
-those of `reference.attention_difference`, which takes heads wider than 128.
+z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv. Where one block holds all keys their scores are kept. The
+formulas, for small and for large differences, are those of `reference.attention_difference`, which takes heads wider
+than 128.
 """
 
 import torch

@@ -15,8 +15,6 @@ from soflow.kernels.library import check, check_dimensions, register
 BLOCK_N = 2048
 BLOCK_B = 256
 NUM_WARPS = 8
-# columns of the table of rows, after the four coefficients of x, v, F and dF
-WEIGHT_SCALE, GRADIENT_FACTOR, NUM_COLUMNS = 4, 5, 6
 
 
 @triton.jit
@@ -35,25 +33,28 @@ def _solution_loss_kernel(
     dF_ptr,
     x_ptr,
     v_ptr,
-    rows_ptr,
+    coefficients_ptr,
+    weight_scale_ptr,
+    gradient_factor_ptr,
     gradient_ptr,
     row_stats_ptr,
     ticket_ptr,
-    out_ptr,
+    loss_ptr,
+    statistics_ptr,
     B,
     num_velocity,
     N,
     p,
     eps,
-    NUM_COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     is_consistency = row >= num_velocity
-    table = rows_ptr + row * NUM_COLUMNS
-    c_x, c_v, c_F, c_d = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
-    weight_scale, gradient_factor = tl.load(table + 4), tl.load(table + 5)
+    coefficients = coefficients_ptr + 4 * row
+    c_x, c_v = tl.load(coefficients), tl.load(coefficients + 1)
+    c_F, c_d = tl.load(coefficients + 2), tl.load(coefficients + 3)
+    weight_scale, gradient_factor = tl.load(weight_scale_ptr + row), tl.load(gradient_factor_ptr + row)
 
     square = tl.zeros((BLOCK_N,), tl.float32)
     product = tl.zeros((BLOCK_N,), tl.float32)
@@ -99,64 +100,80 @@ def _solution_loss_kernel(
             consistency_sum = tl.sum(consistency, axis=0)
             if part == 0:
                 total += velocity_sum + consistency_sum
-            tl.store(out_ptr + 1 + part, velocity_sum / tl.maximum(num_velocity, 1))
-            tl.store(out_ptr + 4 + part, consistency_sum / tl.maximum(num_consistency, 1))
-        tl.store(out_ptr, total / B)
+            tl.store(statistics_ptr + part, velocity_sum / tl.maximum(num_velocity, 1))
+            tl.store(statistics_ptr + 3 + part, consistency_sum / tl.maximum(num_consistency, 1))
+        tl.store(loss_ptr, total / B)
 
 
 def _launch_solution_loss(
-    F_t: Tensor, dF: Tensor, x: Tensor, v: Tensor, rows: Tensor, p: float, eps: float
+    F_t: Tensor,
+    dF: Tensor,
+    x: Tensor,
+    v: Tensor,
+    residual_coefficients: Tensor,
+    weight_scale: Tensor,
+    gradient_factor: Tensor,
+    p: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    F_t, dF, x, v, rows = (tensor.contiguous() for tensor in (F_t, dF, x, v, rows))
-    B = len(F_t)
-    out = torch.zeros(7, device=F_t.device, dtype=torch.float32)
+    F_t, dF, x, v = (tensor.contiguous() for tensor in (F_t, dF, x, v))
+    rows = [tensor.contiguous() for tensor in (residual_coefficients, weight_scale, gradient_factor)]
     gradient = torch.empty_like(F_t)
-    if F_t.numel():
-        row_stats = torch.empty((3, B), device=F_t.device, dtype=torch.float32)
-        ticket = torch.zeros(1, device=F_t.device, dtype=torch.int32)
-        N = F_t[0].numel()
-        _solution_loss_kernel[(B,)](
-            F_t,
-            dF,
-            x,
-            v,
-            rows,
-            gradient,
-            row_stats,
-            ticket,
-            out,
-            B,
-            B - len(dF),
-            N,
-            p,
-            eps,
-            NUM_COLUMNS=NUM_COLUMNS,
-            BLOCK_N=min(BLOCK_N, triton.next_power_of_2(N)),
-            BLOCK_B=BLOCK_B,
-            num_warps=NUM_WARPS,
-        )
-    return out[0].clone(), out[1:].view(2, 3).clone(), gradient
+    if not F_t.numel():
+        return rows[0].new_zeros(()), rows[0].new_zeros((2, 3)), gradient
+    B, N = len(F_t), F_t[0].numel()
+    loss, statistics, row_stats = (rows[0].new_empty(shape) for shape in ((), (2, 3), (3, B)))
+    ticket = torch.zeros(1, device=F_t.device, dtype=torch.int32)
+    _solution_loss_kernel[(B,)](
+        F_t,
+        dF,
+        x,
+        v,
+        *rows,
+        gradient,
+        row_stats,
+        ticket,
+        loss,
+        statistics,
+        B,
+        B - len(dF),
+        N,
+        p,
+        eps,
+        BLOCK_N=min(BLOCK_N, triton.next_power_of_2(N)),
+        BLOCK_B=BLOCK_B,
+        num_warps=NUM_WARPS,
+    )
+    return loss, statistics, gradient
 
 
 def _solution_loss_cpu(
-    F_t: Tensor, dF: Tensor, x: Tensor, v: Tensor, rows: Tensor, p: float, eps: float
+    F_t: Tensor,
+    dF: Tensor,
+    x: Tensor,
+    v: Tensor,
+    residual_coefficients: Tensor,
+    weight_scale: Tensor,
+    gradient_factor: Tensor,
+    p: float,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.enable_grad():
         leaf = F_t.detach().requires_grad_()
-        columns = rows[:, :4], rows[:, WEIGHT_SCALE], rows[:, GRADIENT_FACTOR]
-        loss, statistics = reference.solution_loss(leaf, dF, x, v, *columns, p, eps)
+        rows = residual_coefficients, weight_scale, gradient_factor
+        loss, statistics = reference.solution_loss(leaf, dF, x, v, *rows, p, eps)
         (gradient,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), statistics.clone(), gradient
 
 
 _solution_loss = register(
-    "solution_loss(Tensor F_t, Tensor dF, Tensor x, Tensor v, Tensor rows, float p, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "solution_loss(Tensor F_t, Tensor dF, Tensor x, Tensor v, Tensor residual_coefficients, Tensor weight_scale,"
+    " Tensor gradient_factor, float p, float eps) -> (Tensor, Tensor, Tensor)",
     _launch_solution_loss,
     _solution_loss_cpu,
-    lambda F_t, dF, x, v, rows, p, eps: (
-        rows.new_empty(()),
-        rows.new_empty((2, 3)),
+    lambda F_t, dF, x, v, residual_coefficients, weight_scale, gradient_factor, p, eps: (
+        weight_scale.new_empty(()),
+        weight_scale.new_empty((2, 3)),
         F_t.new_empty(F_t.shape),
     ),
 )
@@ -164,8 +181,8 @@ _solution_loss = register(
 
 class _SolutionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, F_t, dF, x, v, rows, p, eps):
-        loss, statistics, gradient = _solution_loss(F_t, dF, x, v, rows, p, eps)
+    def forward(ctx, F_t, *others):
+        loss, statistics, gradient = _solution_loss(F_t, *others)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(statistics)
         return loss, statistics
@@ -173,7 +190,7 @@ class _SolutionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         (gradient,) = ctx.saved_tensors
-        return (d_loss * gradient).to(gradient.dtype), *(None,) * 6
+        return (d_loss * gradient).to(gradient.dtype), *(None,) * 8
 
 
 def solution_loss(
@@ -197,9 +214,9 @@ def solution_loss(
     check(
         op,
         device,
+        (torch.float32,),
         residual_coefficients=(residual_coefficients, (B, 4)),
         weight_scale=(weight_scale, (B,)),
         gradient_factor=(gradient_factor, (B,)),
     )
-    rows = torch.cat((residual_coefficients, weight_scale[:, None], gradient_factor[:, None]), dim=1)
-    return _SolutionLoss.apply(F_t, dF, x, v, rows, p, eps)
+    return _SolutionLoss.apply(F_t, dF, x, v, residual_coefficients, weight_scale, gradient_factor, p, eps)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 # Programs that keep every multiprocessor of the largest GPU busy in a backward whose grid is (slabs, batch).
 FULL_GRID = 256
 MAX_SLABS = 8
+# Rows under way to a program of that backward: the one it works on, and those loaded meanwhile.
+NORM_BWD_STAGES = 3
 # Tokens of a head that one program of attention holds at once, and the widest head it is written for.
 FEW_TOKENS = 64
 MAX_HEAD_DIM = 128

@@ -184,14 +184,18 @@ def _name(case: Case) -> str:
 
 
 def assert_as_precise(ours: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """err(ours) <= 2 err(eager, same dtype) + eps max|exact|, all against float64; nothing unwritten (NaN)."""
+    """err(ours) <= 2 err(eager, same dtype) + eps max|exact|, all against float64; nothing unwritten (NaN).
+
+    In float32 on a GPU 4 eps: its exp2 and its division are approximations of two units each.
+    """
     assert ours.shape == exact.shape
     assert ours.dtype == eager.dtype
     assert torch.isfinite(ours).all(), "an element was not written, or is not finite"
     if not exact.numel():
         return
     error, eager_error = ((x.double() - exact).abs().max() for x in (ours, eager))
-    assert error <= 2 * eager_error + torch.finfo(ours.dtype).eps * exact.abs().max()
+    units = 4 if ours.is_cuda and ours.dtype == torch.float32 else 1
+    assert error <= 2 * eager_error + units * torch.finfo(ours.dtype).eps * exact.abs().max()
 
 
 def check_step(ops: ModuleType, device: str, shape: tuple[int, ...], half: torch.dtype | None = None) -> None:
