@@ -64,6 +64,8 @@ TRAININGS = {
     "captured": ("engine.ops=fused",),
     "bf16": ("engine.ops=fused", "engine.precision=bf16"),
 }
+# of the tests: each holds a CUDA context of its own
+MAX_WORKERS = 8
 # enough of the tests to run every kernel once, small enough for a tool that slows it a hundredfold
 SANITIZED = (
     "as_precise_as_eager and (2x3x24 or 5x2x3x7) and float32 or (random_numbers and normal)"
@@ -157,8 +159,9 @@ def extension() -> Stage:
 
 
 def tests() -> Stage:
-    """tests/gpu under pytest."""
-    code, output = run([sys.executable, "-m", "pytest", "-q", "tests/gpu"], limit_s=200)
+    """tests/gpu under pytest, by several processes where it can: most of the time is Triton's compiler."""
+    workers = ["-n", str(min(MAX_WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"] if is_installed("xdist") else []
+    code, output = run([sys.executable, "-m", "pytest", "-q", *workers, "tests/gpu"], limit_s=200)
     print(output, flush=True)
     return Stage("tests", "passed" if code == 0 else "failed", last_line(output))
 

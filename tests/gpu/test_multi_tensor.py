@@ -119,7 +119,9 @@ def test_no_host_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.xdist_group("memory")
 def test_more_elements_than_int32():
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 50 * 2**30:
         pytest.skip("needs 50 GiB of free GPU memory")
     param = torch.nn.Parameter(torch.ones(2**31 + 5, device="cuda"))
