@@ -436,7 +436,8 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # taken apart before anything is permuted: so backward stacks the gradients in the layout of qkv, without a copy
+    q, k, v = (part.transpose(1, 2) for part in qkv.unflatten(-1, (3, num_heads, -1)).unbind(2))
     return q, k, v
 
 

@@ -120,6 +120,16 @@ def test_attention():
             torch.testing.assert_close(out[b, :, head * d : (head + 1) * d], weights @ v)
 
 
+def test_gradient_of_attention_is_packed_by_one_copy():
+    qkv = rand(B, T, 3 * D, seed=3, dtype=torch.float32).requires_grad_()
+    out = reference.attention(qkv, HEADS)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out.backward(torch.ones_like(out))
+    calls = {row.key: row.count for row in profile.key_averages()}
+    assert calls["aten::stack"] == 1
+    assert "aten::clone" not in calls
+
+
 def test_linear_computes_in_the_dtype_of_its_weight():
     x, weight, bias = rand(B, T, D).float(), rand(7, D, seed=1).float(), rand(7, seed=2).float()
     torch.testing.assert_close(reference.linear(x, weight, bias), x @ weight.T + bias)
