@@ -3,7 +3,7 @@
     python -m bench.attention [--json FILE] [--quick]
 
 Needs a GPU. First table: attention on packed qkv in bf16, forward and forward + backward, by our kernels and by each
-backend of PyTorch's scaled_dot_product_attention, medians of calls by turns in one run, cold L2: the measurement that
+backend of PyTorch's scaled_dot_product_attention, medians of captured calls by turns in one run, cold L2: what
 `soflow.kernels.tuning.attention_is_fused` waits for. A way whose result is not that of float32 is not timed.
 
 Second table: the joint call of a network (F of every row with gradient, the difference of a quarter of them riding
@@ -12,7 +12,6 @@ along) against what it replaces: F with gradient, and another evaluation of that
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import median_ms
 from soflow import kernels
 from soflow.kernels import reference, self_attention
 from soflow.models import build_network
@@ -38,7 +38,6 @@ BACKENDS = {
 NETWORKS = ("DiT-B/4", "DiT-B/2")
 # of bf16, whose largest outputs the float32 ones are compared with
 TOLERANCE = 0.02
-ROUNDS = 3
 DEVICE = "cuda"
 
 
@@ -87,7 +86,7 @@ def measure_attention(shape: tuple[int, int, int, int], milliseconds: float) -> 
             leaf = qkv.detach().requires_grad_()
             calls[name, "forward_ms"] = partial(way, qkv)
             calls[name, "both_ms"] = partial(_both, way, leaf, do)
-    for (name, column), ms in _by_turns(calls, milliseconds).items():
+    for (name, column), ms in median_ms(calls, milliseconds).items():
         records[name][column] = ms
     return list(records.values())
 
@@ -119,18 +118,8 @@ def measure_joint_call(name: str, batch_size: int, milliseconds: float) -> dict[
         (name, "alone_ms"): lambda: network(x, t, s, labels),
     }
     return {"network": name, "batch_size": batch_size} | {
-        column: ms for (_, column), ms in _by_turns(calls, milliseconds).items()
+        column: ms for (_, column), ms in median_ms(calls, milliseconds).items()
     }
-
-
-def _by_turns(calls: dict[tuple[str, str], Callable[[], Any]], milliseconds: float) -> dict[tuple[str, str], float]:
-    from triton.testing import do_bench
-
-    rounds = [
-        {key: do_bench(call, rep=milliseconds, return_mode="median") for key, call in calls.items()}
-        for _ in range(ROUNDS)
-    ]
-    return {key: statistics.median(r[key] for r in rounds) for key in calls}
 
 
 def main() -> int:

@@ -184,7 +184,7 @@ def sanitizer() -> Stage:
 
 def kernels() -> Stage:
     """Every fused op against eager PyTorch and torch.compile."""
-    figures = figures_of("kernels", "--quick", limit_s=150)
+    figures = figures_of("kernels", "--quick", limit_s=200)
     rows = {(row["op"], row["shape"], row["direction"]): row for row in figures["rows"]}
     slower = sum(row["compiled_ms"] < row["fused_ms"] for row in rows.values())
     reached = []

@@ -3,9 +3,9 @@
     python -m bench.kernels [--json FILE] [--quick]
 
 Needs a GPU. A row per op and shape: milliseconds of the fused op, of the reference run eagerly and of the reference
-compiled, forward and forward + backward, measured by turns in one run (median, cold L2), and the GB/s of the fused op
-for the bytes it must move at least, also as a fraction of what a copy reaches on this GPU. An op whose result is not
-that of the reference is not timed, and the exit code is 1.
+compiled, forward and forward + backward, captured and measured by turns in one run (median, cold L2), and the GB/s of
+the fused op for the bytes it must move at least, also as a fraction of what a copy reaches on this GPU. An op whose
+result is not that of the reference is not timed, and the exit code is 1.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.resources import BATCH_SIZE, LATENT, NUM_CONSISTENCY, SHAPES
+from bench.timing import median_ms
 from soflow import kernels
 from soflow.kernels import reference
 
@@ -153,9 +154,7 @@ def difference_from_reference(work: Workload) -> str | None:
 
 
 def measure(work: Workload, milliseconds: float, copy_gb_per_s: float) -> list[Timing]:
-    """Return the timings of one op: each way by turns, three rounds of `milliseconds`, medians of the rounds."""
-    from triton.testing import do_bench
-
+    """Return the timings of one op, forward and forward + backward: each way by turns, captured."""
     torch._dynamo.reset()
     ways = {
         "fused": getattr(kernels, work.op),
@@ -166,17 +165,12 @@ def measure(work: Workload, milliseconds: float, copy_gb_per_s: float) -> list[T
     for index, (direction, volume) in enumerate(
         (("forward", work.forward_bytes), ("forward + backward", work.forward_bytes + work.backward_bytes))
     ):
-        calls = {name: _calls(work, op)[index] for name, op in ways.items()}
-        if None in calls.values():
-            continue
-        rounds = [
-            {name: do_bench(call, rep=milliseconds, return_mode="median") for name, call in calls.items()}
-            for _ in range(3)
-        ]
-        ms = {name: sorted(r[name] for r in rounds)[1] for name in ways}
-        rate = volume / ms["fused"] / 1e6
-        times = ms["fused"], ms["eager"], ms["compiled"]
-        timings.append(Timing(work.op, work.shape, direction, *times, rate, rate / copy_gb_per_s))
+        calls = {name: call for name, op in ways.items() if (call := _calls(work, op)[index]) is not None}
+        if calls:
+            ms = median_ms(calls, milliseconds)
+            rate = volume / ms["fused"] / 1e6
+            times = ms["fused"], ms["eager"], ms["compiled"]
+            timings.append(Timing(work.op, work.shape, direction, *times, rate, rate / copy_gb_per_s))
     return timings
 
 

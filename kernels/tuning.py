@@ -1,7 +1,7 @@
 """Launch parameters by shape: one static table, no tuning at run time, so that a captured graph is always the same.
 
-They follow from what compiles without spills on sm_80, sm_90 and sm_100 (`python -m bench.resources`); none was timed
-on a GPU yet.
+They follow from what compiles without spills on sm_80, sm_90 and sm_100 (`python -m bench.resources`), and from the
+instructions that the compiled kernels then take for a byte; none was timed on a GPU yet.
 """
 
 from typing import NamedTuple

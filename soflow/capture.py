@@ -69,11 +69,13 @@ def _side_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(call: Callable[..., None], inputs: Inputs) -> Callable[[], None]:
-    """Return what replays call(*inputs), which is recorded here but not made."""
+def capture(
+    call: Callable[..., None], inputs: Inputs, pool: "torch.cuda._POOL_HANDLE | None" = None
+) -> Callable[[], None]:
+    """Return what replays call(*inputs), which is recorded here but not made; its memory is of `pool`, or its own."""
     graph = torch.cuda.CUDAGraph()
     # of this thread alone: the one that writes a checkpoint may wait for its copies meanwhile
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         call(*inputs)
     return graph.replay
 

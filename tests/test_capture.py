@@ -36,7 +36,7 @@ def pretended_graphs(monkeypatch):
 def test_only_this_thread_is_kept_from_waiting_for_the_device(monkeypatch):
     modes = []
 
-    def graph(graph: object, capture_error_mode: str) -> nullcontext[None]:
+    def graph(graph: object, pool: object, capture_error_mode: str) -> nullcontext[None]:
         modes.append(capture_error_mode)
         return nullcontext()
 
