@@ -1,4 +1,4 @@
-"""What every kernel needs of the hardware: registers, shared memory, spills, and how wide it reads and writes.
+"""What every kernel needs of the hardware: registers, instructions, shared memory, spills, and how wide it accesses.
 
     python -m bench.resources [--json] [--only NAME]
 
@@ -52,6 +52,8 @@ SCALARS = 24
 # accesses of global memory in PTX: width and bits of loads and stores, bytes of asynchronous copies
 ACCESS = re.compile(r"\b(?:ld|st)\.[\w.:]*?global[\w.:]*?(?:\.v(\d))?\.[busf](\d+)\b")
 COPY = re.compile(r"\bcp\.async\.\w+\.shared\.global\S*\s+\[[^]]*\],\s*\[[^]]*\],\s*(\w+)")
+# one of the disassembly, but for what fills the last line
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?!NOP\b)\S", re.MULTILINE)
 POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -76,14 +78,17 @@ class Launch:
 class Resources:
     """What the compiler says of one kernel, shape and architecture.
 
-    shared: bytes; spills: bytes of local memory.  moved: bytes that a thread loads from global memory or stores there,
-    every instruction counted once; narrow: those of them by accesses below 16 bytes, scalars of a row included.
+    warps: of a program.  instructions: of the machine's code, every one counted once.  shared: bytes; spills: bytes of
+    local memory.  moved: bytes that a thread loads from global memory or stores there, every instruction counted once;
+    narrow: those of them by accesses below 16 bytes, scalars of a row included.
     """
 
     kernel: str
     shape: str
     arch: str
+    warps: int
     registers: int
+    instructions: int
     shared: int
     spills: int
     tensor_memory: int
@@ -218,11 +223,13 @@ def compile_launch(launch: Launch, arch: int) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run([_cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True)
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report.stdout)}
+        report, code = _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     sizes = access_sizes(compiled.asm["ptx"])
     return {
+        "warps": compiled.metadata.num_warps,
         "registers": usage["REG"],
+        "instructions": len(INSTRUCTION.findall(code)),
         "shared": compiled.metadata.shared,
         "spills": usage["STACK"] + usage["LOCAL"],
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
@@ -237,8 +244,10 @@ def access_sizes(ptx: str) -> list[int]:
     return sizes + [int(size, 0) for size in COPY.findall(ptx)]
 
 
-def _cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def _tool(name: str, *arguments: str) -> str:
+    """Return what a program that comes with Triton prints."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def measure(only: str = "") -> list[Resources]:
@@ -289,10 +298,10 @@ def main() -> int:
     if args.json:
         print(json.dumps([{**asdict(row), "triton": triton.__version__} for row in rows], indent=1))
     else:
-        numbers = ("registers", "shared", "spills", "moved", "narrow")
-        print(f"{'kernel':42}{'arch':8}" + "".join(f"{name:>10}" for name in numbers) + "  shape")
+        numbers = ("warps", "registers", "instructions", "shared", "spills", "moved", "narrow")
+        print(f"{'kernel':42}{'arch':8}" + "".join(f"{name:>14}" for name in numbers) + "  shape")
         for row in rows:
-            print(f"{row.kernel:42}{row.arch:8}" + "".join(f"{getattr(row, n):10}" for n in numbers) + f"  {row.shape}")
+            print(f"{row.kernel:42}{row.arch:8}" + "".join(f"{getattr(row, n):14}" for n in numbers) + f"  {row.shape}")
     bad = failures(rows)
     print("\n".join(bad), file=sys.stderr, end="\n" if bad else "")
     return 1 if bad else 0

@@ -344,5 +344,5 @@ def test_accesses_are_read_off_the_code():
 
 
 def test_a_kernel_that_lost_its_alignment_is_refused():
-    row = resources.Resources("k", "DiT-B/4", "sm_90", 40, 0, 0, 0, moved=120, narrow=40)
+    row = resources.Resources("k", "DiT-B/4", "sm_90", 4, 40, 100, 0, 0, 0, moved=120, narrow=40)
     assert resources.failures([row]) == ["k, DiT-B/4, sm_90: narrow 40, expected at most 30"]
