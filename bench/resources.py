@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,8 @@ SHAPES = {
     "DiT-L/2": (256, 1024, 16),
     "DiT-XL/2": (256, 1152, 16),
 }
+# where attention is compiled in float32 too, which makes another code of its products: 64 tokens, and the widest heads
+FLOAT32_SHAPES = ("DiT-B/4", "DiT-XL/2")
 LATENT = (4, 32, 32)
 # a number or three per row, which no thread can access 16 bytes of
 FEW_NUMBERS = "1 and 3 per row"
@@ -173,14 +176,18 @@ def launch_network(
     activation._launch_gelu_fwd(wide, bias)
     activation._launch_gelu_bwd(wide, bias, wide)
     activation._launch_gelu_difference(activations(num_consistency, 4 * D), activations(num_consistency, 4 * D), bias)
-    qkv = activations(batch_size, 3 * D)
-    o, lse = self_attention._launch_attention_fwd(qkv, num_heads)
-    self_attention._launch_attention_bwd(qkv, o, lse, o, num_heads)
-    packed = activations(num_consistency, 3 * D)
-    attention_pair._launch_attention_difference(packed, packed, num_heads)
+    launch_attention(T, D, num_heads, half, batch_size)
     activation._launch_silu_fwd(a.contiguous())
     activation._launch_silu_bwd(a.contiguous(), a.contiguous())
     activation._launch_silu_difference(da.contiguous(), da.contiguous())
+
+
+def launch_attention(T: int, D: int, num_heads: int, dtype: torch.dtype, batch_size: int = BATCH_SIZE) -> None:
+    """Call every launcher of attention, whose products have their inputs in `dtype`."""
+    qkv = torch.empty(batch_size, T, 3 * D, device="meta", dtype=dtype)
+    o, lse = self_attention._launch_attention_fwd(qkv, num_heads)
+    self_attention._launch_attention_bwd(qkv, o, lse, o, num_heads)
+    attention_pair._launch_attention_difference(qkv, qkv, num_heads)
 
 
 def launch_few_numbers() -> None:
@@ -252,10 +259,9 @@ def _tool(name: str, *arguments: str) -> str:
 
 def measure(only: str = "") -> list[Resources]:
     """Return a row for every kernel whose name contains `only`, distinct launch and architecture."""
-    runs: dict[str, Callable[[], None]] = {
-        name: lambda shape=shape: launch_network(*shape)  # type: ignore[misc]
-        for name, shape in SHAPES.items()
-    }
+    runs: dict[str, Callable[[], None]] = {name: partial(launch_network, *shape) for name, shape in SHAPES.items()}
+    for name in FLOAT32_SHAPES:
+        runs[f"{name} float32"] = partial(launch_attention, *SHAPES[name], torch.float32)
     runs["latents 4x32x32"] = launch_point
     runs[FEW_NUMBERS] = launch_few_numbers
     shapes: dict[Launch, list[str]] = {}

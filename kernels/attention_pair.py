@@ -131,7 +131,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
     head_dim = width // (3 * num_heads)
     do = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
     if do.numel():
-        launch = attention_difference_launch(T, head_dim)
+        launch = attention_difference_launch(T, head_dim, qkv.dtype)
         _attention_difference_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,
             dqkv,

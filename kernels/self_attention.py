@@ -210,7 +210,7 @@ def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     if o.numel():
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
-        launch = attention_launch(T, head_dim)
+        launch = attention_launch(T, head_dim, qkv.dtype)
         _attention_fwd_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,
             o,
@@ -233,7 +233,7 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
     if dqkv.numel():
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
-        launch = attention_bwd_launch(T, head_dim)
+        launch = attention_bwd_launch(T, head_dim, qkv.dtype)
         num_blocks = triton.cdiv(T, launch.block_t)
         many = (_attention_bwd_kv_kernel, _attention_bwd_q_kernel)
         for kernel in (_attention_bwd_few_kernel,) if num_blocks == 1 else many:

@@ -6,6 +6,8 @@ instructions that the compiled kernels then take for a byte; none was timed on a
 
 from typing import NamedTuple
 
+import torch
+
 # Programs that keep every multiprocessor of the largest GPU busy in a backward whose grid is (slabs, batch).
 FULL_GRID = 256
 MAX_SLABS = 8
@@ -37,23 +39,32 @@ class AttentionLaunch(NamedTuple):
     num_stages: int
 
 
-def attention_launch(T: int, head_dim: int) -> AttentionLaunch:
-    """Return the launch of attention: up to FEW_TOKENS tokens are one block.
+def attention_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
+    """Return the launch of attention: up to FEW_TOKENS tokens of half precision are one block.
 
-    Four warps, of which every one owns rows of the scores: eight would share them and compute many twice.
+    Four warps, of which every one owns rows of the scores: eight would share them and compute many twice. float32 has
+    no tensor cores (TF32 would round as coarsely as half precision), and its unrolled products fill the registers of
+    eight warps.
     """
-    return AttentionLaunch(min(_padded(T), 64), _padded(head_dim), 4, 1)
+    block_d = _padded(head_dim)
+    if dtype == torch.float32:
+        return AttentionLaunch(min(_padded(T), 32 if block_d <= 64 else 16), block_d, 8, 1)
+    return AttentionLaunch(min(_padded(T), FEW_TOKENS), block_d, 4, 1)
 
 
-def attention_bwd_launch(T: int, head_dim: int) -> AttentionLaunch:
-    """Return the launch of attention backward; wide heads of many tokens need the registers of eight warps."""
-    launch = attention_launch(T, head_dim)
-    return launch._replace(num_warps=8) if T > FEW_TOKENS and launch.block_d > 64 else launch
+def attention_bwd_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
+    """Return the launch of attention backward, which holds more: wide heads need the registers of eight warps."""
+    launch = attention_launch(T, head_dim, dtype)
+    if dtype == torch.float32:
+        launch = launch._replace(block_t=16, num_warps=4)
+    return launch._replace(num_warps=8) if launch.block_d > 64 and launch.block_t < T else launch
 
 
-def attention_difference_launch(T: int, head_dim: int) -> AttentionLaunch:
+def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
     """Return the launch of the difference of attention."""
-    launch = attention_launch(T, head_dim)
+    launch = attention_launch(T, head_dim, dtype)
+    if dtype == torch.float32:
+        return launch
     if launch.block_d > 64:
         return launch._replace(block_t=min(launch.block_t, 32))
     return launch if T <= FEW_TOKENS else launch._replace(block_t=32, num_warps=2)

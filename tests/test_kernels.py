@@ -305,6 +305,7 @@ def test_every_kernel_compiles_without_spills():
     assert {row["kernel"] for row in rows} == defined
     assert {name for row in rows for name in row["shape"].split(", ")} == {
         *resources.SHAPES,
+        *(f"{name} float32" for name in resources.FLOAT32_SHAPES),
         "latents 4x32x32",
         resources.FEW_NUMBERS,
     }
