@@ -63,10 +63,10 @@ def attention_bwd_launch(T: int, head_dim: int, dtype: torch.dtype) -> Attention
 def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
     """Return the launch of the difference of attention."""
     launch = attention_launch(T, head_dim, dtype)
+    if launch.block_d > 64:
+        return launch._replace(block_t=min(launch.block_t, 32), num_warps=4)
     if dtype == torch.float32:
         return launch
-    if launch.block_d > 64:
-        return launch._replace(block_t=min(launch.block_t, 32))
     return launch if T <= FEW_TOKENS else launch._replace(block_t=32, num_warps=2)
 
 
