@@ -6,11 +6,13 @@ nothing that it checks.
 
 import importlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from types import ModuleType
@@ -29,6 +31,8 @@ REQUIRED = {
     "torch": "torch",
     "tqdm": "tqdm",
 }
+# The same of the extra `latents`.
+LATENTS = {"diffusers": "diffusers", "h5py": "h5py"}
 # What importing a damaged package, and its first call, raise.
 CHECK_ERRORS = (
     ImportError,
@@ -95,6 +99,10 @@ def examine() -> Report:
         run_check(name, lambda name=name: check_required(name), required=True)  # type: ignore[misc]
         for name in REQUIRED
     ]
+    latents = [
+        run_check(name, lambda name=name: check_latents(name))  # type: ignore[misc]
+        for name in LATENTS
+    ]
     driver = run_check("NVIDIA driver", check_driver)
     gpu = run_check("GPU", lambda: check_gpus(driver))
     optional = [
@@ -108,7 +116,7 @@ def examine() -> Report:
         platform=platform.platform(),
         cuda=sys.modules["torch"].version.cuda if _works(required, "torch") else None,
         gpus=list_gpus() if gpu.status == "works" else [],
-        findings=[*required, driver, gpu, *optional],
+        findings=[*required, driver, gpu, *optional, *latents],
     )
 
 
@@ -124,12 +132,20 @@ def run_check(name: str, check: Callable[[], Outcome], required: bool = False) -
 
 
 def check_required(name: str) -> Outcome:
-    """Import the module of the distribution `name`."""
+    """Import the module of the distribution `name`, and compare its version with the least that the metadata ask for."""
     module = _import(REQUIRED[name], f"pip install {name}")
+    _require_floor(name, module)
     detail = ""
     if name == "torch":
         detail = f"built for CUDA {module.version.cuda}" if module.version.cuda else "built without CUDA"
     return _version(module), detail
+
+
+def check_latents(name: str) -> Outcome:
+    """The same for what encodes and reads latents."""
+    module = _import(LATENTS[name], "pip install 'soflow[latents]'")
+    _require_floor(name, module)
+    return _version(module), "for latents"
 
 
 def check_driver() -> Outcome:
@@ -257,6 +273,22 @@ def _import(module: str, remedy: str) -> ModuleType:
 
 def _version(module: ModuleType) -> str | None:
     return getattr(module, "__version__", None)
+
+
+def _require_floor(name: str, module: ModuleType) -> None:
+    try:
+        wanted = metadata.requires("soflow") or []
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return
+    found = _version(module)
+    for line in wanted:
+        floor = re.match(rf"{re.escape(name)}>=([\d.]+)", line)
+        if floor and found and _numbers(found) < _numbers(floor[1]):
+            raise RuntimeError(f"got version {found}, expected at least {floor[1]}")
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def _works(findings: list[Finding], name: str) -> bool:

@@ -44,6 +44,8 @@ def write(folder: Path, files: dict[str, str]) -> None:
 def test_required_packages_are_those_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert sorted(doctor.REQUIRED) == sorted(re.match(r"[\w.-]+", line)[0] for line in project["dependencies"])
+    latents = project["optional-dependencies"]["latents"]
+    assert sorted(doctor.LATENTS) == sorted(re.match(r"[\w.-]+", line)[0] for line in latents)
 
 
 @pytest.mark.parametrize("name", doctor.REQUIRED)
@@ -51,6 +53,22 @@ def test_required_packages_work_here(name):
     finding = doctor.run_check(name, lambda: doctor.check_required(name), required=True)
     assert finding.status == "works", finding.detail
     assert re.match(r"\d+\.\d+", finding.version)
+
+
+@pytest.mark.parametrize(("floor", "status"), [("4.9", "works"), ("4.66", "works"), ("4.66.1", "broken"), ("5", "broken")])
+def test_a_package_that_is_too_old_is_broken(monkeypatch, floor, status):
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["tqdm-other>=9", f"tqdm>={floor}", "h5py>=3"])
+    monkeypatch.setattr("tqdm.__version__", "4.66.0")
+    finding = doctor.run_check("tqdm", lambda: doctor.check_required("tqdm"), required=True)
+    assert finding.status == status
+    if status == "broken":
+        assert finding.detail == f"RuntimeError: got version 4.66.0, expected at least {floor}"
+
+
+def test_without_the_extra_latents_the_doctor_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(doctor.LATENTS, "h5py", "soflow_nowhere")
+    finding = doctor.run_check("h5py", lambda: doctor.check_latents("h5py"))
+    assert (finding.status, finding.detail) == ("missing", "not installed: pip install 'soflow[latents]'")
 
 
 def test_a_package_that_is_absent_is_missing(monkeypatch):
@@ -244,7 +262,7 @@ def test_examine_reports_everything_once():
     report = doctor.examine()
     names = [finding.name for finding in report.findings]
     optional = ["NVIDIA driver", "GPU", "triton", "nvidia-dali", "NVIDIA apex", "CUDA extension"]
-    assert names == [*doctor.REQUIRED, *optional]
+    assert names == [*doctor.REQUIRED, *optional, *doctor.LATENTS]
     assert report.ok
     assert all(finding.detail for finding in report.findings if finding.status != "works")
     gpu = next(finding for finding in report.findings if finding.name == "GPU")
