@@ -92,6 +92,7 @@ def _train_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="build everything, say what would be trained, write nothing"
     )
     only.add_argument("--print-config", action="store_true", help="print the complete configuration as YAML and stop")
+    only.add_argument("--print-folder", action="store_true", help="print the run folder and stop")
     return parser
 
 
@@ -101,6 +102,9 @@ def _train(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(dump_config(config), end="")
+        return DONE
+    if args.print_folder:
+        print(config.folder)
         return DONE
     if args.dry_run:
         print(_summary(config, args.resume))

@@ -8,6 +8,7 @@ YAML files and the overrides of the command line into these classes.
 import math
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 # the relative width of a power-function profile of exponent 0, a plain mean
@@ -341,6 +342,11 @@ class Config:
             expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
             require("network", "name", self.network.name, self.network.name == "UNet", expected)
         self._require_what_the_objective_takes()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder: output_dir/name."""
+        return Path(self.output_dir) / self.name
 
     def _require_what_the_objective_takes(self) -> None:
         name, flow = self.objective.name, self.flow

@@ -95,8 +95,6 @@ def dump_config(config: Config) -> str:
     """Return YAML text, every field stated, that `parse_config` reads back to an equal Config."""
     yaml = _yaml()
     yaml.default_flow_style = False
-    # a field a line, however long: scripts read them by line
-    yaml.width = sys.maxsize
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # untyped there, but for its first value
     # Some non-ASCII characters (U+0085) are line breaks to YAML and would not come back.
     yaml.allow_unicode = False

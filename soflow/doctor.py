@@ -132,7 +132,7 @@ def run_check(name: str, check: Callable[[], Outcome], required: bool = False) -
 
 
 def check_required(name: str) -> Outcome:
-    """Import the module of the distribution `name`, and compare its version with the least that the metadata ask for."""
+    """Import the module of the distribution `name`, no older than the metadata ask for."""
     module = _import(REQUIRED[name], f"pip install {name}")
     _require_floor(name, module)
     detail = ""

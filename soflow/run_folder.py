@@ -90,7 +90,7 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
     computed. resume None continues from the newest verified checkpoint; corrupt ones are passed over with a warning.
     Raises RunError for a folder of another configuration, or one that is no run folder.
     """
-    folder = RunFolder(Path(config.output_dir) / config.name)
+    folder = RunFolder(config.folder)
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path}: got a file, expected a run folder or nothing; choose another name")
     if folder.config.exists():

@@ -114,7 +114,7 @@ def test_judge_refuses_what_it_cannot_judge(judge: DigitsJudge, held_out: Digits
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny.config(tmp_path_factory.mktemp("runs"))
     Trainer(config, Processes(0, 1, torch.device("cpu"))).fit()
-    return Path(config.output_dir) / config.name
+    return config.folder
 
 
 def test_command_writes_report_pictures_and_table(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,7 @@ def test_wrong_usage(capsys, argv):
         ["encode", "--help"],
         ["audit", "--help"],
         ["train", "{}", "--print-config"],
+        ["train", "{}", "--print-folder"],
     ],
 )
 def test_torch_is_not_imported_where_it_is_not_needed(recipe, argv):
@@ -137,6 +138,12 @@ def test_print_config_is_complete_and_reads_back(recipe, capsys, tmp_path):
     printed = parse_config(capsys.readouterr().out, "printed")
     assert printed == tiny.config(tmp_path / "runs", "optim.lr=2e-4")
     assert snapshot(tmp_path) == before
+
+
+def test_print_folder_is_where_it_trains(recipe, capsys, tmp_path):
+    folder = tmp_path / "my runs"
+    assert main(["train", str(recipe), f"output_dir={folder}", "name='007'", "--print-folder"]) == 0
+    assert capsys.readouterr().out == f"{folder / '007'}\n"
 
 
 def test_dry_run_says_what_would_be_trained_and_writes_nothing(recipe, capsys, tmp_path):

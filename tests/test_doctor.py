@@ -55,7 +55,9 @@ def test_required_packages_work_here(name):
     assert re.match(r"\d+\.\d+", finding.version)
 
 
-@pytest.mark.parametrize(("floor", "status"), [("4.9", "works"), ("4.66", "works"), ("4.66.1", "broken"), ("5", "broken")])
+@pytest.mark.parametrize(
+    ("floor", "status"), [("4.9", "works"), ("4.66", "works"), ("4.66.1", "broken"), ("5", "broken")]
+)
 def test_a_package_that_is_too_old_is_broken(monkeypatch, floor, status):
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["tqdm-other>=9", f"tqdm>={floor}", "h5py>=3"])
     monkeypatch.setattr("tqdm.__version__", "4.66.0")

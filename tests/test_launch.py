@@ -78,11 +78,11 @@ def sbatch(bench: Path, end: str) -> subprocess.Popen[str]:
     """Run the Slurm script as Slurm would, in the root of the checkout."""
     command(bench, "srun", SRUN)
     command(bench, "scontrol", '#!/bin/sh\n[ "$1" = show ] && printf "n1\\nn2\\n" || echo "$@" > "$CALLS/scontrol"\n')
-    settings = {"RUN": str(bench / "tiny"), "END": end}
+    settings = {"RUN": str(bench / "my runs" / "tiny"), "END": end}
     slurm = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "4711"}
     file = recipe(bench / "recipe")
     return subprocess.Popen(
-        ["bash", LAUNCH / "slurm.sbatch", str(file), f"output_dir={bench}"],
+        ["bash", LAUNCH / "slurm.sbatch", str(file), f"output_dir={bench / 'my runs'}"],
         cwd=ROOT,
         env=environment(bench, **settings, **slurm),
         stderr=subprocess.PIPE,
@@ -119,6 +119,7 @@ def test_slurm_does_not_queue_a_failed_run_again(bench):
     job = sbatch(bench, "failed")
     job.communicate(timeout=120)
     assert job.returncode != 0
+    assert (bench / "calls" / "srun").exists()
     assert not (bench / "calls" / "scontrol").exists()
 
 

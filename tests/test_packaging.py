@@ -210,3 +210,11 @@ def test_image_keeps_the_base_and_installs_by_hash():
     for _, value in structure:
         assert "<<" not in value
         assert "--link" not in value
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_image_for_tests_holds_the_whole_checkout():
+    tracked = {line.partition("/")[0] for line in run("git", "ls-files", cwd=ROOT).splitlines()}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert tracked - allowed == {".gitignore", ".pre-commit-config.yaml"}
+    assert allowed <= tracked
