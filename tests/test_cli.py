@@ -132,6 +132,15 @@ def test_trained_run_folder(trained):
     assert checkpoint.newest(trained / "checkpoints") == trained / "checkpoints/step-00000004"
 
 
+def test_the_docs_name_every_metric(trained):
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8").partition("## Metrics")[2]
+    first_columns = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = {name for column in first_columns for name in re.findall(r"`([^`]+)`", column)}
+    written = set(json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1]))
+    assert named - written == {"throughput/mfu", "skipped_steps"}
+    assert written <= named
+
+
 def test_print_config_is_complete_and_reads_back(recipe, capsys, tmp_path):
     before = snapshot(tmp_path)
     assert main(["train", str(recipe), "optim.lr=2e-4", "--print-config"]) == 0
