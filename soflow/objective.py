@@ -48,7 +48,7 @@ class ObjectiveOutput:
     """Back-propagate `loss`, the sum of both losses weighted by their shares of the rows; the rest is detached.
 
     consistency_loss is a surrogate whose value is no distance: watch consistency_mse, the mean squared slope.
-    look_ahead: (3,), means over the consistency rows (0 for no rows) of |dx|^2 and |dF|^2, sums over the elements of a
+    watched: (3,), means over the consistency rows (0 for no rows) of |dx|^2 and |dF|^2, sums over the elements of a
     row, and of whether l is at the least gap below t; None of an objective that does not look ahead.
     """
 
@@ -59,7 +59,7 @@ class ObjectiveOutput:
     consistency_loss: Tensor
     consistency_mse: Tensor
     consistency_weight: Tensor
-    look_ahead: Tensor | None = None
+    watched: Tensor | None = None
 
 
 class GuidedObjective(abc.ABC):
@@ -157,7 +157,7 @@ class Objective(GuidedObjective):
         loss, statistics = self.ops.solution_loss(
             F_t, dF, x_t, v, *_residual_terms(flow, batch, mix), self.loss_p, self.loss_eps
         )
-        watched = _look_ahead_statistics(batch, dx, dF)
+        watched = _watched(batch, dx, dF)
         return ObjectiveOutput(*(loss, *statistics.flatten().unbind(), watched))
 
     def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
@@ -219,7 +219,7 @@ def velocity_terms(flow: SolutionFlow, mix: Tensor) -> tuple[Tensor, Tensor, Ten
     return torch.stack((zeros, -mix, factor * mix, zeros), dim=1), ones / factor, 2.0 * factor * ones
 
 
-def _look_ahead_statistics(batch: Batch, dx: Tensor, dF: Tensor) -> Tensor:
+def _watched(batch: Batch, dx: Tensor, dF: Tensor) -> Tensor:
     at_least = at_least_gap(batch.t, batch.l)[batch.num_velocity :].to(dx.dtype).sum()
     sums = torch.linalg.vector_norm(dx).square(), torch.linalg.vector_norm(dF).square(), at_least
     return torch.stack(sums) / max(len(dx), 1)

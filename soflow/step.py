@@ -205,8 +205,8 @@ def _statistics(out: ObjectiveOutput) -> Tensor:
         out.consistency_mse,
         out.consistency_weight,
     )
-    look_ahead = out.loss.new_zeros(len(WATCHED)) if out.look_ahead is None else out.look_ahead
-    return torch.cat((torch.stack(values), look_ahead)).double()
+    watched = out.loss.new_zeros(len(WATCHED)) if out.watched is None else out.watched
+    return torch.cat((torch.stack(values), watched)).double()
 
 
 class _Losses(nn.Module):

@@ -125,10 +125,10 @@ def test_statistics_of_the_look_ahead(lookahead):
     with torch.no_grad():
         dF = flow.network(x_t + dx, l, s[rows], labels) - flow.network(x_t, t, s[rows], labels)
     expected = torch.tensor([dx.square().sum() / 5, dF.square().sum() / 5, 2 / 5], dtype=torch.float64)
-    torch.testing.assert_close(out.look_ahead, expected)
-    assert not out.look_ahead.requires_grad
+    torch.testing.assert_close(out.watched, expected)
+    assert not out.watched.requires_grad
     none = Objective(lookahead=lookahead)(flow, make_batch(4, 4))
-    assert torch.equal(none.look_ahead, torch.zeros(3, dtype=torch.float64))
+    assert torch.equal(none.watched, torch.zeros(3, dtype=torch.float64))
 
 
 def test_unconditional_batch():
