@@ -25,7 +25,6 @@ from torch import Tensor
 
 from soflow.checkpoint import saved_steps
 from soflow.config import Config
-from soflow.config_file import load_config
 from soflow.data import epoch_order, open_source
 from soflow.draw import sample_batch
 from soflow.flow import SolutionFlow
@@ -100,7 +99,7 @@ def audit(run: Path, steps: Literal["all", "newest"] | Sequence[int], samples: i
     All are taken at the same rows, with the weights that training moves, not their average. Raises AuditError, or the
     error of what it reads, for a run without such a checkpoint, and for one whose times seldom lie far enough apart.
     """
-    config = load_config(RunFolder(run).config)
+    config = RunFolder(run).read_config()
     if config.objective.name != "soflow":
         raise AuditError(
             f"objective.name: got {config.objective.name!r}, expected 'soflow', which alone takes the slope"

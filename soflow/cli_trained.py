@@ -39,7 +39,6 @@ def _audit(args: argparse.Namespace) -> int:
 
     from soflow import audit_report
     from soflow.audit import audit
-    from soflow.config_file import load_config
     from soflow.images import require_writable
     from soflow.run_folder import RunFolder
 
@@ -48,7 +47,7 @@ def _audit(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     require_writable(out / "audit.json")
     audits = list(tqdm(found, unit="checkpoint", file=sys.stderr, disable=None))
-    config = load_config(RunFolder(args.run).config)
+    config = RunFolder(args.run).read_config()
     about = {"run": config.name, "seed": args.seed, "samples": args.samples}
     audit_report.save_json(out / "audit.json", audits, about)
     audit_report.save_plot(out / "audit.png", audits, config.times.gap_init, config.times.gap_end)

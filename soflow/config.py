@@ -342,6 +342,10 @@ class Config:
             expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
             require("network", "name", self.network.name, self.network.name == "UNet", expected)
         self._require_what_the_objective_takes()
+        if self.train.sample_every > 0:
+            nfe, drawable = self.train.sample_nfe, self.flow.sampler != "heun" or self.train.sample_nfe % 2 == 0
+            expected = "an even number, because flow.sampler is heun, which makes two calls per step"
+            require("train", "sample_nfe", nfe, drawable, expected)
 
     @property
     def folder(self) -> Path:

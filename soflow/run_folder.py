@@ -26,11 +26,14 @@ from soflow.models import build_network
 # Settings that change what a run writes, or where it computes, but not what: they may differ when it is continued.
 # The data set is known by its fingerprint, wherever it lies and however it is read.
 FREE_FIELDS = {
+    "": ("name", "output_dir"),
     "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
     "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
     "engine": ("compile", "cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }
+# What a stored configuration says of its grids is of no use: one refused by now must not keep the run from being read.
+NO_GRIDS = ("train.sample_every=0",)
 
 
 class RunError(ValueError):
@@ -46,6 +49,10 @@ class RunFolder:
         self.status = path / "status.json"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+
+    def read_config(self) -> Config:
+        """Return the configuration that the run was made with, less its sample grids; ConfigError as `load_config`."""
+        return load_config(self.config, NO_GRIDS)
 
     def create(self, config: Config) -> None:
         """Make the folder and write `config` there, unless that was done before; OSError where it cannot be written."""
@@ -94,7 +101,7 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
     if folder.path.exists() and not folder.path.is_dir():
         raise RunError(f"{folder.path}: got a file, expected a run folder or nothing; choose another name")
     if folder.config.exists():
-        _require_same(config, load_config(folder.config), str(folder.path))
+        _require_same(config, folder.read_config(), str(folder.path))
     elif folder.path.exists() and any(folder.path.iterdir()):
         raise RunError(f"{folder.path}: got a folder without config.yaml that is not empty; choose another name")
     if resume is None:
@@ -110,7 +117,7 @@ def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object
 
 def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, path: Path) -> None:
     """Raise RunError unless the checkpoint `state`, read from `path`, is of this configuration and data set."""
-    _require_same(config, parse_config(state.meta["config"], f"{path}/meta.json"), str(path))
+    _require_same(config, _config_of(state, path), str(path))
     if state.meta["data"] != fingerprint:
         raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
 
@@ -175,7 +182,7 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         step_folder = path
         checkpoint.verify(path)
     saved = checkpoint.read(step_folder)
-    config = parse_config(saved.meta["config"], f"{step_folder}/meta.json")
+    config = _config_of(saved, step_folder)
     state = saved.ema if weights == "ema" else saved.model
     return Trained(
         network=config.network,
@@ -194,16 +201,18 @@ def _newest_step(path: Path) -> Path:
     return found
 
 
+def _config_of(state: Checkpoint, path: Path) -> Config:
+    return parse_config(state.meta["config"], f"{path}/meta.json", NO_GRIDS)
+
+
 def _require_same(config: Config, stored: Config, where: str) -> None:
-    sections = {
-        section: dataclasses.replace(
-            getattr(stored, section), **{name: getattr(getattr(config, section), name) for name in names}
-        )
-        for section, names in FREE_FIELDS.items()
-    }
-    comparable = dataclasses.replace(stored, name=config.name, output_dir=config.output_dir, **sections)
-    differences = compare_configs(comparable, config)
+    differences = [line for line in compare_configs(stored, config) if not _is_free(line.partition(":")[0])]
     if differences:
         raise RunError(
             f"{where} belongs to another configuration (there, here): {'; '.join(differences)}; choose another name"
         )
+
+
+def _is_free(dotted: str) -> bool:
+    section, _, field = dotted.rpartition(".")
+    return field in FREE_FIELDS.get(section, ())

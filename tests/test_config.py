@@ -218,4 +218,15 @@ def test_what_an_objective_does_not_take_is_refused(sections, message):
 
 def test_every_objective_is_accepted_with_what_it_takes():
     config(objective=MEANFLOW, times=TimesConfig(t_mean=-0.4), flow=FlowConfig(sampler="chain"))
-    config(objective=FLOW_MATCHING, times=TimesConfig(velocity_mean=0.0), flow=FlowConfig(sampler="heun"))
+    train = TrainConfig(**TRAIN, sample_nfe=2)
+    config(objective=FLOW_MATCHING, times=TimesConfig(velocity_mean=0.0), flow=FlowConfig(sampler="heun"), train=train)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), MEANFLOW, FLOW_MATCHING])
+def test_grids_need_as_many_calls_as_their_sampler_makes(objective):
+    heun = {"objective": objective, "flow": FlowConfig(sampler="heun")}
+    for nfe in (1, 3):
+        with pytest.raises(ValueError, match=rf"^train.sample_nfe: got {nfe}, expected an even number, because flow"):
+            config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe))
+        config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe, sample_every=0))
+        config(objective=objective, flow=EULER_STEPS, train=TrainConfig(**TRAIN, sample_nfe=nfe))

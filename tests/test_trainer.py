@@ -14,6 +14,7 @@ import torch
 
 from soflow import checkpoint
 from soflow.config import Config
+from soflow.config_file import ConfigError, dump_config, load_config
 from soflow.data import DataError
 from soflow.distributed import Processes
 from soflow.run_folder import RunError, load_flow
@@ -173,6 +174,18 @@ def test_settings_that_compute_nothing_may_change(tmp_path):
         ).finished
         == 2
     )
+
+
+def test_a_run_whose_grids_are_refused_by_now_is_still_read(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, "flow.sampler=heun", "train.sample_every=4", "train.sample_nfe=2")
+    with monkeypatch.context() as older:
+        older.setattr("soflow.run_folder.dump_config", lambda c: dump_config(c).replace("nfe: 2", "nfe: 1"))
+        folder = train(config, until=2).folder
+    with pytest.raises(ConfigError, match=r"train\.sample_nfe: got 1"):
+        load_config(folder.config)
+    assert Trainer(config, ALONE).finished == 2
+    assert Trainer(config, ALONE, folder.checkpoints / "step-00000002").finished == 2
+    assert load_flow(folder.path)[1] == 2
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path):
