@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from soflow import cli_data, cli_trained
+from soflow import __version__, cli_data, cli_trained
 from soflow.arguments import Command, command_parser, file_name, numbers, positive
-from soflow.config import Sampler
+from soflow.config import Sampler, require_calls
 
 # What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT, STOPPED = range(4)
 DECODED_AT_ONCE = 8
+PREVIEWED_CLASSES = SEEDS_PER_CLASS = 10
 
 
 class UsageError(ValueError):
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         + "\n\nsoflow COMMAND --help says more.",
         usage="soflow COMMAND ...",
     )
+    parser.add_argument("--version", action="version", version=f"soflow {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
@@ -174,8 +176,9 @@ def _sample_parser() -> argparse.ArgumentParser:
         "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class, --nfe "
         "and --sampler, not on the other images or the batch size.",
         "examples:\n"
-        "  soflow sample runs/digits --seeds 0-99 --grid digits.png     10 images of each of 10 classes, a row each\n"
-        "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-49999 --npz samples.npz\n"
+        "  soflow sample runs/digits --grid digits.png                  10 images of each of 10 classes, a row each\n"
+        "  soflow sample runs/digits --seeds 0-49999 --npz samples.npz  5,000 of each\n"
+        "  soflow sample runs/digits --nfe 2 --classes 3,7 --seeds 0-19 --grid digits.png\n"
         "  soflow sample runs/digits --nfe 4 --sampler chain --grid digits.png",
     )
     parser.add_argument(
@@ -191,9 +194,17 @@ def _sample_parser() -> argparse.ArgumentParser:
         help="how several calls make an image: from fresh noise each time, by solutions in a chain, or by steps of the "
         "velocity, heun taking two calls each (default: flow.sampler of the configuration)",
     )
-    parser.add_argument("--classes", type=numbers, metavar="LIST", help="such as 0,2,5-9 (default: all)")
     parser.add_argument(
-        "--seeds", type=numbers, default="0-99", metavar="LIST", help="one per image, such as 0-99 (default 0-99)"
+        "--classes",
+        type=numbers,
+        metavar="LIST",
+        help="such as 0,2,5-9 (default: the first ten; with --seeds all, or the first ones where the seeds are fewer)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=numbers,
+        metavar="LIST",
+        help="one per image, such as 0-99 (default: from 0 on, ten per class, or 0-99 where there are no classes)",
     )
     parser.add_argument(
         "--grid", type=file_name(".png"), metavar="FILE.png", help="write all images as one, classes as rows"
@@ -227,6 +238,8 @@ def _sample_parser() -> argparse.ArgumentParser:
 def _sample(args: argparse.Namespace) -> int:
     if args.grid is None and args.npz is None:
         raise UsageError("nothing to write: expected --grid FILE.png, --npz FILE.npz or both")
+    if args.classes is not None and args.seeds is not None:
+        _require_equal_turns(args.classes, args.seeds)
     import torch
 
     from soflow import images
@@ -239,18 +252,18 @@ def _sample(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     flow, step = load_flow(args.path, args.weights, device, args.sampler)
     network: Any = flow.network
+    require_calls("--nfe", args.nfe, flow.sampler)
+    classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
     vae = None if network.in_channels in (1, 3) else load_vae(args.vae, device)
     if vae is not None and vae.channels != network.in_channels:
         raise UsageError(
             f"--vae: got {vae.name} with latents of {vae.channels} channels, expected {network.in_channels}, which "
             f"{args.path} draws"
         )
-    classes = _choose_classes(args.classes, network.num_classes, len(args.seeds))
-    seeds = torch.tensor(args.seeds, device=device)
     labels = torch.tensor(classes, device=device).repeat(len(seeds) // len(classes)) if classes else None
 
     start = time.perf_counter()
-    pixels = _draw(flow, vae, seeds, labels, args.nfe, args.batch_size)
+    pixels = _draw(flow, vae, torch.tensor(seeds, device=device), labels, args.nfe, args.batch_size)
     seconds = time.perf_counter() - start
 
     if args.npz is not None:
@@ -267,17 +280,29 @@ def _sample(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _choose_classes(asked: list[int] | None, num_classes: int, num_seeds: int) -> list[int]:
-    if num_classes == 0 and asked is not None:
-        raise UsageError("--classes: expected nothing, because the network is unconditional")
-    classes = list(range(num_classes)) if asked is None else asked
-    if classes and max(classes) >= num_classes:
+def _choose_images(
+    classes: Sequence[int] | None, seeds: Sequence[int] | None, num_classes: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the classes that take turns, none for an unconditional network, and the seeds: what is None is chosen."""
+    if num_classes == 0:
+        if classes is not None:
+            raise UsageError("--classes: expected nothing, because the network is unconditional")
+        return (), range(PREVIEWED_CLASSES * SEEDS_PER_CLASS) if seeds is None else seeds
+    if classes is None:
+        classes = range(min(num_classes, PREVIEWED_CLASSES if seeds is None else len(seeds)))
+    if max(classes) >= num_classes:
         raise UsageError(f"--classes: got {max(classes)}, expected classes from 0 to {num_classes - 1}")
-    if classes and num_seeds % len(classes):
+    if seeds is None:
+        seeds = range(SEEDS_PER_CLASS * len(classes))
+    _require_equal_turns(classes, seeds)
+    return classes, seeds
+
+
+def _require_equal_turns(classes: Sequence[int], seeds: Sequence[int]) -> None:
+    if len(seeds) % len(classes):
         raise UsageError(
-            f"--seeds: got {num_seeds} seeds, expected a multiple of {len(classes)}, the number of classes"
+            f"--seeds: got {len(seeds)} seeds, expected a multiple of {len(classes)}, the number of classes"
         )
-    return classes
 
 
 def _draw(

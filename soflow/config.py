@@ -56,6 +56,13 @@ def require_sampler(section: str, sampler: Sampler, objective: str) -> None:
     require(section, "sampler", sampler, sampler in able, expected)
 
 
+def require_calls(name: str, nfe: int, sampler: Sampler) -> None:
+    """Raise ValueError 'name: got nfe, expected ...' unless `sampler` can draw in `nfe` network calls."""
+    require("", name, nfe, nfe >= 1, "at least 1")
+    valid = sampler != "heun" or nfe % 2 == 0
+    require("", name, nfe, valid, "an even number, because the sampler heun makes two calls per step")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it in full."""
@@ -343,9 +350,7 @@ class Config:
             require("network", "name", self.network.name, self.network.name == "UNet", expected)
         self._require_what_the_objective_takes()
         if self.train.sample_every > 0:
-            nfe, drawable = self.train.sample_nfe, self.flow.sampler != "heun" or self.train.sample_nfe % 2 == 0
-            expected = "an even number, because flow.sampler is heun, which makes two calls per step"
-            require("train", "sample_nfe", nfe, drawable, expected)
+            require_calls("train.sample_nfe", self.train.sample_nfe, self.flow.sampler)
 
     @property
     def folder(self) -> Path:

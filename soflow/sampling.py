@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from soflow.config import require_calls
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.paths import path_coefficients
@@ -45,12 +46,9 @@ def sample(
     labels: (N,) int64, or None for the null label.  noise: (N, C, H, W) standard normal, and renoise: nfe - 1 of them;
     what is None is drawn from `generator`.  Raises ValueError for an nfe below 1, or odd where the sampler is heun.
     """
-    if nfe < 1:
-        raise ValueError(f"nfe: got {nfe}, expected at least 1")
+    require_calls("nfe", nfe, flow.sampler)
     if renoise is not None and len(renoise) != nfe - 1:
         raise ValueError(f"renoise: got {len(renoise)} tensors, expected nfe - 1 = {nfe - 1}")
-    if flow.sampler == "heun" and nfe % 2:
-        raise ValueError(f"nfe: got {nfe}, expected an even number, because the sampler heun makes two calls per step")
     parameter = next(flow.parameters())
 
     def fresh() -> Tensor:

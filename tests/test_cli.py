@@ -15,6 +15,7 @@ import tiny_vae
 import torch
 from PIL import Image
 
+import soflow
 from soflow import checkpoint, trainer
 from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
@@ -88,6 +89,12 @@ def test_help_says_how_classes_and_seeds_belong_together(capsys):
     assert "image i has the i-th seed and class i modulo the" in capsys.readouterr().out
 
 
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"soflow {soflow.__version__}\n"
+
+
 @pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["sample"], ["doctor", "extra"], ["train", "--dry"]])
 def test_wrong_usage(capsys, argv):
     assert refusal(capsys, *argv).startswith("usage: soflow")
@@ -97,6 +104,7 @@ def test_wrong_usage(capsys, argv):
     "argv",
     [
         ["--help"],
+        ["--version"],
         ["train", "--help"],
         ["sample", "--help"],
         ["encode", "--help"],
@@ -380,16 +388,18 @@ def test_sample_takes_step_folders_and_official_files(trained, tmp_path):
     assert np.array_equal(drawn(tmp_path / "tiny.npz"), drawn(tmp_path / "step-00000004.npz"))
 
 
-def unconditional(folder: Path, channels: int = 1, poison: bool = False) -> Path:
-    """A step folder of an untrained network without classes."""
+def untrained(folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0) -> Path:
+    """A step folder of a network that was not trained."""
     config = parse_config(
-        "{name: x, network: {name: DiT, input_size: 4, num_classes: 0, patch_size: 2, hidden_size: 8, "
-        f"depth: 1, num_heads: 1, in_channels: {channels}}}, data: {{source: digits}}, "
+        "{name: x, network: {name: DiT, input_size: 4, patch_size: 2, hidden_size: 8, depth: 1, num_heads: 1, "
+        f"num_classes: {num_classes}, in_channels: {channels}}}, data: {{source: digits}}, "
         "train: {total_steps: 1, batch_size: 1}}",
         "test",
     )
     flow = build_flow(config.network, config.flow, reference)
     weights = flow.network.state_dict()
+    for name in ("final_layer.linear.weight", "final_layer.adaLN_modulation.1.weight"):
+        torch.nn.init.normal_(weights[name], std=0.5)  # both start as 0, which would draw every class alike
     if poison:
         weights["final_layer.linear.bias"] = torch.full_like(weights["final_layer.linear.bias"], torch.nan)
     meta = checkpoint_meta(config, "none", {"steps": 0, "sums": []})
@@ -397,15 +407,38 @@ def unconditional(folder: Path, channels: int = 1, poison: bool = False) -> Path
 
 
 def test_unconditional_networks_have_no_classes(tmp_path, capsys):
-    folder = unconditional(tmp_path)
+    folder = untrained(tmp_path)
     assert "unconditional" in refusal(capsys, "sample", folder, "--classes", "0", "--grid", tmp_path / "a.png")
     assert main(["sample", str(folder), "--seeds", "0-4", "--grid", str(tmp_path / "a.png")]) == 0
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.size == (3 * 65 + 1, 2 * 65 + 1)
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "argv", "classes", "num_seeds"),
+    [
+        (0, [], None, 100),
+        (0, ["--seeds", "0-6"], None, 7),
+        (2, [], range(2), 20),
+        (10, [], range(10), 100),
+        (30, [], range(10), 100),
+        (30, ["--classes", "4,29"], [4, 29], 20),
+        (30, ["--seeds", "0-6"], range(7), 7),
+        (30, ["--seeds", "0-59"], range(30), 60),
+    ],
+)
+def test_classes_and_seeds_that_are_not_given_fit_each_other(tmp_path, num_classes, argv, classes, num_seeds):
+    folder = untrained(tmp_path, num_classes=num_classes)
+    assert main(["sample", str(folder), "--npz", str(tmp_path / "a.npz"), *argv]) == 0
+    flow, _ = load_flow(folder)
+    noise, _ = sample_noise(torch.arange(num_seeds), (1, 4, 4))
+    labels = None if classes is None else torch.tensor(classes).repeat(num_seeds // len(classes))
+    expected = to_uint8(sample(flow, labels, (num_seeds, 1, 4, 4), noise=noise))
+    assert np.array_equal(drawn(tmp_path / "a.npz"), expected.repeat(3, axis=-1))
+
+
 def test_colour_images(tmp_path):
-    folder = unconditional(tmp_path, channels=3)
+    folder = untrained(tmp_path, channels=3)
     assert main(["sample", str(folder), "--seeds", "0-3", "--npz", str(tmp_path / "a.npz")]) == 0
     images = drawn(tmp_path / "a.npz")
     assert images.shape == (4, 4, 4, 3)
@@ -414,7 +447,7 @@ def test_colour_images(tmp_path):
 
 def test_latents_become_images_by_the_vae(tmp_path):
     """One seed at a time or all at once: the images are the decoded samples, to the last bit of rounding."""
-    folder, vae = unconditional(tmp_path, channels=4), tiny_vae.save(tmp_path)
+    folder, vae = untrained(tmp_path, channels=4), tiny_vae.save(tmp_path)
     argv = ["sample", str(folder), "--seeds", "0-9", "--npz", str(tmp_path / "a.npz"), "--vae", str(vae)]
     assert main(argv) == 0
     images = drawn(tmp_path / "a.npz")
@@ -428,7 +461,7 @@ def test_latents_become_images_by_the_vae(tmp_path):
 
 
 def test_latents_without_their_vae_are_refused(tmp_path, capsys):
-    folder = unconditional(tmp_path, channels=4)
+    folder = untrained(tmp_path, channels=4)
     message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", "--vae", tmp_path)
     assert "expected a folder with config.json" in message
     vae = tiny_vae.save(tmp_path / "other", latent_channels=8)
@@ -437,8 +470,22 @@ def test_latents_without_their_vae_are_refused(tmp_path, capsys):
     assert not (tmp_path / "a.npz").exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--classes", "3"], "--classes: got 3, expected classes from 0 to 2"),
+        (["--seeds", "0-3"], "--seeds: got 4 seeds, expected a multiple of 3, the number of classes"),
+        (["--sampler", "heun"], "--nfe: got 1, expected an even number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_vae_is_waited_for(tmp_path, capsys, monkeypatch, argv, message):
+    monkeypatch.setattr("soflow.vae.load_vae", lambda *arguments: pytest.fail("it was asked for"))
+    folder = untrained(tmp_path, channels=4, num_classes=3)
+    assert message in refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", *argv)
+
+
 def test_a_diverged_network_is_refused_and_the_old_file_stays(tmp_path, capsys):
-    folder = unconditional(tmp_path, poison=True)
+    folder = untrained(tmp_path, poison=True)
     (tmp_path / "a.png").write_bytes(b"old")
     assert "NaN or infinity" in refusal(capsys, "sample", folder, "--grid", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == b"old"
@@ -493,6 +540,9 @@ def test_sample_checks_that_it_can_write_before_it_loads(tmp_path, capsys):
     message = refusal(capsys, "sample", tmp_path / "no-run", "--grid", tmp_path / "nowhere/a.png")
     assert "nowhere" in message
     assert "no-run" not in message
+    argv = ("--grid", tmp_path / "a.png", "--classes", "0,1", "--seeds", "0-4")
+    message = refusal(capsys, "sample", tmp_path / "no-run", *argv)
+    assert "--seeds: got 5 seeds, expected a multiple of 2" in message
 
 
 def test_sample_refuses_what_is_no_checkpoint(tmp_path, capsys):

@@ -226,7 +226,7 @@ def test_every_objective_is_accepted_with_what_it_takes():
 def test_grids_need_as_many_calls_as_their_sampler_makes(objective):
     heun = {"objective": objective, "flow": FlowConfig(sampler="heun")}
     for nfe in (1, 3):
-        with pytest.raises(ValueError, match=rf"^train.sample_nfe: got {nfe}, expected an even number, because flow"):
+        with pytest.raises(ValueError, match=rf"^train.sample_nfe: got {nfe}, expected an even number, because the"):
             config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe))
         config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe, sample_every=0))
         config(objective=objective, flow=EULER_STEPS, train=TrainConfig(**TRAIN, sample_nfe=nfe))
