@@ -254,7 +254,7 @@ def _sample(args: argparse.Namespace) -> int:
     network: Any = flow.network
     require_calls("--nfe", args.nfe, flow.sampler)
     classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
-    vae = None if network.in_channels in (1, 3) else load_vae(args.vae, device)
+    vae = None if network.in_channels in images.IMAGE_CHANNELS else load_vae(args.vae, device)
     if vae is not None and vae.channels != network.in_channels:
         raise UsageError(
             f"--vae: got {vae.name} with latents of {vae.channels} channels, expected {network.in_channels}, which "

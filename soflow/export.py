@@ -14,6 +14,8 @@ from torch import Tensor
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate
 from soflow.config import VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
+from soflow.images import IMAGE_CHANNELS
+from soflow.vae import OFFICIAL_VAE
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -21,18 +23,19 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 MODEL_CARD = """\
 ---
 library_name: soflow
-tags: [solution-flow-model, one-step-generation{tags}]
+tags: [{tags}]
 ---
 
 # {name}
 
-A generator that turns noise into an image in one network call: the solution function f(x, t, s) of the flow ODE,
-trained by solution flow models ([arXiv 2512.15657](https://arxiv.org/abs/2512.15657)).
+A generator that turns noise into {drawn} in {calls}:
+{learned}.
 
 | | |
 |---|---|
 | network | {name}, {millions:.1f} M parameters, {channels} x {size} x {size} |
 | classes | {classes} |
+| objective, sampler | {objective}, {sampler} |
 | path, parameterization | {path}, {parameterization} |
 | weights | {weights} after {step} training steps |
 
@@ -42,14 +45,39 @@ from pathlib import Path
 import torch
 from soflow import sample, sample_noise
 from soflow.run_folder import load_flow
-
+{imports}
 flow, step = load_flow(Path("."))
-noise, renoise = sample_noise(torch.arange(4), ({channels}, {size}, {size}), nfe=1)  # one seed per image
-images = sample(flow, {labels}, (4, {channels}, {size}, {size}), nfe=1, noise=noise, renoise=renoise)
-```
+noise, renoise = sample_noise(torch.arange(4), ({channels}, {size}, {size}), nfe={nfe})  # one seed per image
+shape = (4, {channels}, {size}, {size})
+{result} = sample(flow, {labels}, shape, nfe={nfe}, noise=noise, renoise=renoise)
+{decoding}```
 
-or `soflow sample FOLDER --seeds 0-99 --grid samples.png`. `config.json` holds the shape of the network.
+or `soflow sample . --nfe {nfe} --grid samples.png`. `config.json` holds the shape of the network.
 """
+DECODING = """\
+vae = load_vae("{vae}", noise.device)  # or another that its training data were encoded by
+images = vae.decode(latents)
+"""
+# by objective: its tag, and what the network has learned
+LEARNED = {
+    "soflow": (
+        "solution-flow-model",
+        "the solution function f(x, t, s) of the flow ODE, trained by solution flow models\n"
+        "([arXiv 2512.15657](https://arxiv.org/abs/2512.15657))",
+    ),
+    "meanflow": (
+        "meanflow",
+        "the average velocity of the flow ODE between two times, trained by MeanFlow\n"
+        "([arXiv 2505.13447](https://arxiv.org/abs/2505.13447))",
+    ),
+    "flow_matching": (
+        "flow-matching",
+        "the velocity of the flow ODE, trained by flow matching\n"
+        "([arXiv 2210.02747](https://arxiv.org/abs/2210.02747))",
+    ),
+}
+# an integral of the velocity takes many steps
+VELOCITY_NFE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,17 +153,30 @@ def read_export(folder: Path) -> Trained:
 
 
 def _model_card(trained: Trained) -> str:
-    network = trained.network
+    network, flow = trained.network, trained.flow
+    tag, learned = LEARNED[trained.objective]
+    nfe = VELOCITY_NFE if flow.sampler in VELOCITY_SAMPLERS else 1
+    of_images = network.in_channels in IMAGE_CHANNELS
+    tags = [tag, *["one-step-generation"] * (nfe == 1), *["class-conditional"] * (network.num_classes > 0)]
     return MODEL_CARD.format(
         name=network.name,
-        tags=", class-conditional" if network.num_classes else "",
+        tags=", ".join(tags),
+        drawn="an image" if of_images else "the latent of an image",
+        calls="one network call" if nfe == 1 else f"{nfe} network calls",
+        learned=learned,
         millions=sum(tensor.numel() for tensor in trained.weights.values()) / 1e6,
         channels=network.in_channels,
         size=network.input_size,
         classes=network.num_classes or "none",
-        path=trained.flow.path,
-        parameterization=trained.flow.parameterization,
+        objective=trained.objective,
+        sampler=flow.sampler,
+        path=flow.path,
+        parameterization=flow.parameterization,
         weights="averaged" if trained.kind == "ema" else "plain",
         step=trained.step,
-        labels="torch.arange(4)" if network.num_classes else "None",
+        nfe=nfe,
+        result="images" if of_images else "latents",
+        labels=f"torch.arange(4) % {network.num_classes}" if network.num_classes else "None",
+        imports="" if of_images else "from soflow.vae import load_vae\n",
+        decoding="" if of_images else DECODING.format(vae=OFFICIAL_VAE),
     )

@@ -15,7 +15,7 @@ from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
-from soflow.images import grid, save_png, to_uint8
+from soflow.images import IMAGE_CHANNELS, grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
@@ -192,7 +192,7 @@ class Trainer:
     def _draw_samples(self, log: NullLog) -> None:
         (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes
         first, sharded = self.processes.is_first, is_sharded(self.ema.network)
-        if channels not in (1, 3) or not (first or sharded):
+        if channels not in IMAGE_CHANNELS or not (first or sharded):
             return
         num = GRID_COLUMNS * (min(num_classes, GRID_COLUMNS) or GRID_COLUMNS)
         seeds = torch.arange(num, device=self.processes.device)

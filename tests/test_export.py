@@ -2,19 +2,25 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vae
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from soflow.checkpoint import CheckpointError
 from soflow.cli import main
+from soflow.config import FlowConfig, NetworkConfig
 from soflow.distributed import Processes
-from soflow.export import read_export
-from soflow.run_folder import load_flow
+from soflow.export import Trained, read_export, write_export
+from soflow.kernels import reference
+from soflow.run_folder import build_flow, load_flow
 from soflow.trainer import Trainer
+from soflow.vae import OFFICIAL_VAE
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_checkpoint_tiny.pt"
 
@@ -44,14 +50,47 @@ def test_an_export_is_the_same_generator(tmp_path, run, weights):
     assert main(["sample", str(out), "--seeds", "0-9", "--grid", str(tmp_path / "grid.png")]) == 0
 
 
-def test_the_code_of_the_model_card_runs(tmp_path, run, monkeypatch):
-    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+DIT = {"name": "DiT", "input_size": 8, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+UNET = {"name": "UNet", "input_size": 8, "model_channels": 8, "channel_mult": (1, 1), "num_blocks": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "num_classes", "objective", "sampler"),
+    [
+        (DIT, 1, 0, "soflow", "renoise"),
+        (DIT, 3, 2, "soflow", "chain"),
+        (DIT, 1, 10, "soflow", "heun"),
+        (DIT, 1, 10, "meanflow", "chain"),
+        (DIT, 1, 10, "flow_matching", "euler"),
+        (DIT, 4, 2, "flow_matching", "heun"),
+        (DIT, 4, 1000, "soflow", "renoise"),
+        ({**UNET, "attn_resolutions": (4,)}, 3, 0, "soflow", "renoise"),
+    ],
+)
+def test_what_the_model_card_says_is_true(tmp_path, monkeypatch, shape, channels, num_classes, objective, sampler):
+    network = NetworkConfig(**shape, in_channels=channels, num_classes=num_classes)
+    flow = FlowConfig(sampler=sampler)
+    weights = build_flow(network, flow, reference).network.state_dict()
+    trained = Trained(network=network, flow=flow, objective=objective, weights=weights, kind="ema", step=3)
+    write_export(tmp_path / "out", trained)
     card = (tmp_path / "out" / "README.md").read_text()
+
+    one_call = sampler in ("renoise", "chain")
+    assert ("in one network call" in card, "one-step-generation" in card) == (one_call, one_call)
+    assert ("2512.15657" in card, "2505.13447" in card) == (objective == "soflow", objective == "meanflow")
     assert "averaged after 3 training steps" in card
+    assert ("latent" in card) == (channels == 4)
+    assert max(map(len, card.splitlines())) <= 120
+
     monkeypatch.chdir(tmp_path / "out")
+    vae = str(tiny_vae.save(tmp_path)) if channels == 4 else OFFICIAL_VAE
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
-    assert names["images"].shape == (4, 1, 8, 8)
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(OFFICIAL_VAE, vae), names)
+    assert names["images"].shape == ((4, 3, 16, 16) if channels == 4 else (4, channels, 8, 8))
+    program, *argv = shlex.split(re.search(r"`(soflow sample .*?)`", card)[1])
+    assert (program, main([*argv, "--vae", vae])) == ("soflow", 0)
+    with Image.open("samples.png") as picture:
+        assert picture.size == (10 * 65 + 1, min(num_classes or 10, 10) * 65 + 1)
 
 
 def test_an_export_that_does_not_name_its_objective_promises_no_more_than_its_sampler(tmp_path, run):
