@@ -26,7 +26,7 @@ RECIPE = """
 name: bench
 network: {NETWORK}
 data: {source: latents, root: nowhere}
-train: {total_steps: 1000, batch_size: BATCH}
+train: {total_steps: 1000, batch_size: BATCH, sample_every: 0}
 objective: {cfg_scale: 3.0, cfg_decay_time: 0.8, mix_ratio: 0.25, label_dropout: 0.1}
 optim: {betas: [0.9, 0.99]}
 """

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from soflow.vae import Vae
 
 DONE, FAILED, BAD_INPUT, STOPPED = range(4)
-DECODED_AT_ONCE = 8
 PREVIEWED_CLASSES = SEEDS_PER_CLASS = 10
 
 
@@ -255,11 +254,8 @@ def _sample(args: argparse.Namespace) -> int:
     require_calls("--nfe", args.nfe, flow.sampler)
     classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
     vae = None if network.in_channels in images.IMAGE_CHANNELS else load_vae(args.vae, device)
-    if vae is not None and vae.channels != network.in_channels:
-        raise UsageError(
-            f"--vae: got {vae.name} with latents of {vae.channels} channels, expected {network.in_channels}, which "
-            f"{args.path} draws"
-        )
+    if vae is not None:
+        vae.require_channels("--vae", network.in_channels)
     labels = torch.tensor(classes, device=device).repeat(len(seeds) // len(classes)) if classes else None
 
     start = time.perf_counter()
@@ -325,9 +321,7 @@ def _draw(
             x = sample(flow, None if labels is None else labels[rows], (len(noise), *shape), nfe, noise, renoise)
             if not torch.isfinite(x).all():
                 raise UsageError("the network draws NaN or infinity: its training has diverged")
-            # Few at once: the decoder takes a hundred times the memory of its latents.
-            parts = [x] if vae is None else [vae.decode(part) for part in x.split(DECODED_AT_ONCE)]
-            batches += [to_uint8(part) for part in parts]
+            batches.append(to_uint8(x if vae is None else vae.decode(x)))
             bar.update(len(x))
     return np.concatenate(batches)
 

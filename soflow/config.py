@@ -39,6 +39,8 @@ UNUSED = {
         "times.gap_end",
     ),
 }
+# the sources of what an autoencoder has to decode
+LATENT_SOURCES = ("latents", "hdf5")
 NULL_LABEL_NEEDS_CLASSES = "at least 1 class, because guidance compares a class with the null label"
 
 
@@ -202,7 +204,7 @@ class DataConfig:
         else:
             require("data", "image_size", self.image_size, self.image_size is None, f"nothing, {because}")
         require("data", "augment_p", self.augment_p, 0 <= self.augment_p <= 1, "a number from 0 to 1")
-        if self.source in ("latents", "hdf5"):
+        if self.source in LATENT_SOURCES:
             require("data", "augment_p", self.augment_p, self.augment_p == 0, f"0, {because}: it changes images")
         require("data", "prefetch", self.prefetch, self.prefetch >= 1, "an integer of at least 1")
 
@@ -270,6 +272,11 @@ class TrainConfig:
     log_every: Annotated[int, "steps per line of metrics.jsonl"] = 100
     sample_every: Annotated[int, "steps between sample grids; 0 draws none"] = 1000
     sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
+    sample_vae: Annotated[
+        str | None,
+        "autoencoder that turns latents into the images of the grids: a folder of a diffusers AutoencoderKL or its "
+        "name on the hub",
+    ] = None
     checkpoint_every: Annotated[int, "steps between checkpoints; the last step is always saved"] = 25000
     keep_last: Annotated[int, "checkpoints to keep; 0 keeps all"] = 0
     keep_every: Annotated[int, "checkpoints of steps that this divides are kept besides; 0: there are none"] = 0
@@ -349,8 +356,18 @@ class Config:
             expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
             require("network", "name", self.network.name, self.network.name == "UNet", expected)
         self._require_what_the_objective_takes()
-        if self.train.sample_every > 0:
-            require_calls("train.sample_nfe", self.train.sample_nfe, self.flow.sampler)
+        self._require_grids_that_can_be_drawn()
+
+    def _require_grids_that_can_be_drawn(self) -> None:
+        train, because = self.train, f"because data.source is {self.data.source}"
+        vae = train.sample_vae
+        if self.data.source not in LATENT_SOURCES:
+            require("train", "sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")
+        elif train.sample_every > 0:
+            expected = f"an autoencoder, {because}, or train.sample_every=0, which draws no grids"
+            require("train", "sample_vae", vae, vae is not None, expected)
+        if train.sample_every > 0:
+            require_calls("train.sample_nfe", train.sample_nfe, self.flow.sampler)
 
     @property
     def folder(self) -> Path:

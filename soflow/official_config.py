@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from soflow.config import require
+from soflow.config import LATENT_SOURCES, require
 
 _KEYS = {
     "seed": "seed",
@@ -118,7 +118,11 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     working_dir = PurePath(str(raw["working_dir"]))
     _put(config, "name", working_dir.name)
     _put(config, "output_dir", str(working_dir.parent))
-    return config, [key for key in _IGNORED if key in raw]
+    ignored = [key for key in _IGNORED if key in raw]
+    if config["data"]["source"] in LATENT_SOURCES:
+        _put(config, "train.sample_every", 0)
+        ignored.append("eval_demo_steps (grids of latents need train.sample_vae)")
+    return config, ignored
 
 
 def _choose(key: str, value: Any, choices: Mapping[str, str]) -> str:

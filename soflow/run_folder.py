@@ -27,7 +27,7 @@ from soflow.models import build_network
 # The data set is known by its fingerprint, wherever it lies and however it is read.
 FREE_FIELDS = {
     "": ("name", "output_dir"),
-    "train": ("log_every", "sample_every", "sample_nfe", "checkpoint_every", "keep_last", "keep_every"),
+    "train": ("log_every", "sample_every", "sample_nfe", "sample_vae", "checkpoint_every", "keep_last", "keep_every"),
     "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
     "engine": ("compile", "cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),

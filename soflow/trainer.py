@@ -15,7 +15,7 @@ from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
-from soflow.images import IMAGE_CHANNELS, grid, save_png, to_uint8
+from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
@@ -30,6 +30,7 @@ from soflow.run_folder import (
 from soflow.sampling import sample, sample_noise
 from soflow.sharding import is_sharded, like, whole
 from soflow.step import SUMMED, gap_ratio_at
+from soflow.vae import Vae, load_vae
 from soflow.watchdog import Watchdog
 
 GRID_COLUMNS = 10
@@ -46,7 +47,7 @@ class Trainer:
     """Trains one run from its configuration to its last step, and continues it from its last checkpoint.
 
     resume: a step folder to continue from; None takes the newest sound one of the run, if there is any.
-    Raises RunError, CheckpointError, DataError or OSError before anything is overwritten.
+    Raises RunError, CheckpointError, DataError, VaeError or OSError before anything is overwritten.
     """
 
     def __init__(self, config: Config, processes: Processes, resume: Path | None = None) -> None:
@@ -56,6 +57,8 @@ class Trainer:
         require_matching_data(config, self.source)
         require_rows_for_all(config.train, processes.world_size)
         configure_torch(config.engine)
+        self.vae: Vae | None = None
+        self._on_first(self._load_vae)
 
         self.ops = training_ops(config, processes.device)
         # the prediction is that of whole weights
@@ -192,7 +195,7 @@ class Trainer:
     def _draw_samples(self, log: NullLog) -> None:
         (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes
         first, sharded = self.processes.is_first, is_sharded(self.ema.network)
-        if channels not in IMAGE_CHANNELS or not (first or sharded):
+        if not (first or sharded):
             return
         num = GRID_COLUMNS * (min(num_classes, GRID_COLUMNS) or GRID_COLUMNS)
         seeds = torch.arange(num, device=self.processes.device)
@@ -205,12 +208,18 @@ class Trainer:
         images = sample(flow, labels, (num, channels, height, width), nfe, noise, renoise)
         if not first:
             return  # it only lent its part of the weights
-        image = grid(to_uint8(images), GRID_COLUMNS)
+        image = grid(to_uint8(images if self.vae is None else self.vae.decode(images)), GRID_COLUMNS)
         save_png(self.folder.samples / f"step-{self.finished:08d}.png", image)
         log.image(self.finished, "samples", image)
 
     # --------------------------------------------------------------------------------------------
     # Files.
+
+    def _load_vae(self) -> None:
+        train = self.config.train
+        if train.sample_every and train.sample_vae is not None:
+            self.vae = load_vae(train.sample_vae, self.processes.device)
+            self.vae.require_channels("train.sample_vae", self.config.network.in_channels)
 
     def _on_first(self, action: Callable[[], T]) -> T:
         """What `action` returns on the first process; an error of its is everybody's."""

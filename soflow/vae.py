@@ -9,6 +9,8 @@ from torch import Tensor
 from soflow.data.latents import LATENT_SCALE
 
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"
+# the decoder takes a hundred times the memory of its latents
+DECODED_AT_ONCE = 8
 
 
 class VaeError(ValueError):
@@ -39,9 +41,20 @@ class Vae:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return images, (B, 3, H, W) fp32, of samples of latents as a flow draws them, times LATENT_SCALE."""
-        images: Tensor = self.network.decode(latents / LATENT_SCALE).sample
-        return images.float()
+        """Return images, (B, 3, H, W) fp32, of samples of latents as a flow draws them, times LATENT_SCALE.
+
+        Few go through the network at once, however large B is.
+        """
+        parts = (latents / LATENT_SCALE).split(DECODED_AT_ONCE)
+        return torch.cat([self.network.decode(part).sample.float() for part in parts])
+
+    def require_channels(self, field: str, channels: int) -> None:
+        """Raise VaeError, which names `field`, unless the latents have so many channels."""
+        if self.channels != channels:
+            raise VaeError(
+                f"{field}: got {self.name} with latents of {self.channels} channels, expected {channels}, which the "
+                "network draws"
+            )
 
 
 def load_vae(name: str, device: torch.device) -> Vae:

@@ -216,6 +216,22 @@ def test_what_an_objective_does_not_take_is_refused(sections, message):
         config(**sections)
 
 
+@pytest.mark.parametrize("source", ["latents", "hdf5"])
+def test_grids_of_latents_need_an_autoencoder(source):
+    data = DataConfig(source=source, root="x")
+    both_ways = rf"got None, expected an autoencoder, because data.source is {source}, or train.sample_every=0"
+    with pytest.raises(ValueError, match=f"^train.sample_vae: {both_ways}"):
+        config(data=data)
+    config(data=data, train=TrainConfig(**TRAIN, sample_every=0))
+    config(data=data, train=TrainConfig(**TRAIN, sample_vae="vae"))
+    config(data=data, train=TrainConfig(**TRAIN, sample_vae="vae", sample_every=0))
+
+
+def test_images_need_no_autoencoder():
+    with pytest.raises(ValueError, match=r"^train.sample_vae: got 'vae', expected nothing, because data.source is dig"):
+        config(train=TrainConfig(**TRAIN, sample_vae="vae"))
+
+
 def test_every_objective_is_accepted_with_what_it_takes():
     config(objective=MEANFLOW, times=TimesConfig(t_mean=-0.4), flow=FlowConfig(sampler="chain"))
     train = TrainConfig(**TRAIN, sample_nfe=2)

@@ -401,7 +401,11 @@ def test_cifar10_recipe_equals_the_official_configuration():
     )
 
 
+GRIDS = ("train.sample_every=500", "train.sample_vae=vae")
+
+
 def test_official_keys_are_translated():
+    assert parse_config(OFFICIAL, "official.yaml", GRIDS, notice=lambda text: None).train.sample_every == 500
     notices: list[str] = []
     config = parse_config(OFFICIAL, "official.yaml", ["train.batch_size=32"], notices.append)
     assert (config.name, config.output_dir, config.seed) == ("first", "experiments", 42)
@@ -414,7 +418,8 @@ def test_official_keys_are_translated():
     assert (config.optim.name, config.optim.lr, config.engine.precision) == ("adamw", 1e-4, "tf32")
     assert notices == [
         "official.yaml: official configuration; not needed here and ignored: "
-        "num_workers, prefetch_factor, eval_steps, eval_batch_size, eval_demo_shape"
+        "num_workers, prefetch_factor, eval_steps, eval_batch_size, eval_demo_shape, "
+        "eval_demo_steps (grids of latents need train.sample_vae)"
     ]
 
 

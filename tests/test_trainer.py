@@ -10,16 +10,21 @@ import latent_folders
 import numpy as np
 import pytest
 import tiny
+import tiny_vae
 import torch
+from PIL import Image
 
 from soflow import checkpoint
 from soflow.config import Config
 from soflow.config_file import ConfigError, dump_config, load_config
 from soflow.data import DataError
 from soflow.distributed import Processes
+from soflow.images import to_uint8
 from soflow.run_folder import RunError, load_flow
+from soflow.sampling import sample, sample_noise
 from soflow.times import at_least_gap
 from soflow.trainer import DivergedError, Trainer
+from soflow.vae import VaeError, load_vae
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 # timings differ between runs, everything else may not
@@ -468,6 +473,40 @@ def test_latents_train_and_any_feeder_resumes_them_from_anywhere(tmp_path):
     assert resumed.finished == 4
     resumed.fit()
     assert_same_state(resumed, whole)
+
+
+def test_grids_of_latents_are_decoded_and_change_no_bit_of_the_training(tmp_path):
+    latent_folders.write_latents(tmp_path / "latents")
+    vae = tiny_vae.save(tmp_path)
+    without = train(latents_config(tmp_path / "without", tmp_path / "latents"))
+    grids = ("train.sample_every=4", f"train.sample_vae={vae}")
+    drawing = train(latents_config(tmp_path / "drawing", tmp_path / "latents", *grids))
+    assert_same_state(drawing, without)
+    drawn = sorted(drawing.folder.samples.iterdir())
+    assert [path.name for path in drawn] == ["step-00000004.png", "step-00000006.png"]
+    with Image.open(drawn[-1]) as picture:
+        assert (picture.size, picture.mode) == ((10 * 65 + 1, 3 * 65 + 1), "RGB")
+        corner = np.asarray(picture)[1:65:8, 1:65:8]
+    flow, _ = load_flow(drawing.folder.path)
+    noise, _ = sample_noise(torch.arange(1), (4, 4, 4))
+    latents = sample(flow, torch.zeros(1, dtype=torch.int64), (1, 4, 4, 4), noise=noise)
+    expected = to_uint8(load_vae(str(vae), torch.device("cpu")).decode(latents))[0]
+    assert np.abs(corner.astype(int) - expected.astype(int)).max() <= 1
+    # it may come, move and go
+    assert Trainer(latents_config(tmp_path / "drawing", tmp_path / "latents"), ALONE).finished == 6
+
+
+def test_an_autoencoder_that_cannot_draw_is_refused_before_anything_is_written(tmp_path):
+    latent_folders.write_latents(tmp_path / "latents")
+    for vae, message in (
+        (tmp_path / "latents", "latents: expected a folder with config.json"),
+        (tiny_vae.save(tmp_path, latent_channels=8), r"train\.sample_vae: got vae with latents of 8 .*, expected 4"),
+    ):
+        grids = ("train.sample_every=4", f"train.sample_vae={vae}")
+        config = latents_config(tmp_path / "runs", tmp_path / "latents", *grids)
+        with pytest.raises(VaeError, match=message):
+            Trainer(config, ALONE)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_state_of_another_data_set_is_refused(tmp_path):

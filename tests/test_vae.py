@@ -24,6 +24,24 @@ def test_it_encodes_and_decodes_as_diffusers_does(tmp_path):
     assert vae.decode(mean).shape == (2, 3, 16, 16)
 
 
+def test_it_decodes_few_at_once(tmp_path):
+    vae, network = load_vae(str(tiny_vae.save(tmp_path)), CPU), tiny_vae.network().eval()
+    parts: list[int] = []
+    vae.network.decoder.register_forward_pre_hook(lambda module, inputs: parts.append(len(inputs[0])))
+    latents = torch.randn(11, 4, 4, 4)
+    with torch.no_grad():
+        expected = network.decode(latents / 0.18215).sample
+    torch.testing.assert_close(vae.decode(latents), expected)
+    assert parts == [8, 3]
+
+
+def test_latents_of_other_channels_are_refused_by_the_name_of_their_field(tmp_path):
+    vae = load_vae(str(tiny_vae.save(tmp_path)), CPU)
+    vae.require_channels("--vae", 4)
+    with pytest.raises(VaeError, match=r"^--vae: got vae with latents of 4 channels, expected 8"):
+        vae.require_channels("--vae", 8)
+
+
 def test_what_is_no_vae_is_refused(tmp_path):
     with pytest.raises(VaeError, match=r"expected a folder with config.json"):
         load_vae(str(tmp_path), CPU)
