@@ -178,11 +178,11 @@ class DataConfig:
     """Where the training images come from."""
 
     source: Annotated[
-        Literal["digits", "latents", "hdf5", "images", "cifar10"],
+        Literal["digits", "latents", "hdf5", "images", "cifar10", "own"],
         "digits: scikit-learn's handwritten digits; latents: encoded images; hdf5: the official file of latents; "
-        "images: a folder of images per class; cifar10: the published archive",
+        "images: a folder of images per class; cifar10: the published archive; own: a Source handed to Trainer",
     ]
-    root: Annotated[str | None, "folder or file of the data set (all but digits)"] = None
+    root: Annotated[str | None, "folder or file of the data set (all but digits and own)"] = None
     image_size: Annotated[int | None, "side of the centre crop (images only)"] = None
     augment_p: Annotated[float, "probability of each change of EDM's augmentation (UNet only); 0 is none"] = 0.0
     feeder: Annotated[
@@ -194,7 +194,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         because = f"because data.source is {self.source}"
-        if self.source == "digits":
+        if self.source in ("digits", "own"):
             require("data", "root", self.root, self.root is None, f"nothing, {because}")
         else:
             require("data", "root", self.root, self.root is not None, f"a folder, {because}")

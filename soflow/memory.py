@@ -126,9 +126,12 @@ def count_steps(config: Config, image_shape: tuple[int, int, int], ops: ModuleTy
 
 
 def sample_like(config: Config, image_shape: tuple[int, int, int]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return moments and labels of a batch, zeros, as the data set of a configuration would read them."""
+    """Return moments and labels of a batch, zeros, as the data set of a configuration would read them.
+
+    An own one, of which nothing is known here, as if it had standard deviations.
+    """
     mean = torch.zeros(config.train.batch_size, *image_shape)
-    std = torch.zeros_like(mean) if config.data.source == "latents" else None
+    std = torch.zeros_like(mean) if config.data.source in ("latents", "hdf5", "own") else None
     return mean, std, torch.zeros(len(mean), dtype=torch.int64)
 
 

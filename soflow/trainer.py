@@ -47,13 +47,16 @@ class Trainer:
     """Trains one run from its configuration to its last step, and continues it from its last checkpoint.
 
     resume: a step folder to continue from; None takes the newest sound one of the run, if there is any.
+    source: the data set, where data.source is own; the same in every process.
     Raises RunError, CheckpointError, DataError, VaeError or OSError before anything is overwritten.
     """
 
-    def __init__(self, config: Config, processes: Processes, resume: Path | None = None) -> None:
+    def __init__(
+        self, config: Config, processes: Processes, resume: Path | None = None, *, source: Source | None = None
+    ) -> None:
         self.config = config
         self.processes = processes
-        self.source = open_source(config.data)
+        self.source = open_source(config.data, source)
         require_matching_data(config, self.source)
         require_rows_for_all(config.train, processes.world_size)
         configure_torch(config.engine)

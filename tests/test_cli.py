@@ -19,6 +19,8 @@ import soflow
 from soflow import checkpoint, trainer
 from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
+from soflow.data import DigitsSource
+from soflow.distributed import Processes
 from soflow.images import to_uint8
 from soflow.kernels import reference
 from soflow.run_folder import build_flow, checkpoint_meta, load_flow
@@ -201,6 +203,7 @@ def test_dry_run_counts_the_official_parameters(capsys, monkeypatch, name):
         (["network.patch_size=3"], "patch_size: got 3, expected a divisor of"),
         (["network.name=DiT-B-9"], "got 'DiT-B-9', expected"),
         (["data={source: latents, root: nowhere}"], "nowhere"),
+        (["data={source: own}"], "data.source: got 'own' and no source, expected Trainer(config"),
         (["name=a/b"], "name: got 'a/b', expected letters"),
     ],
 )
@@ -603,6 +606,16 @@ def test_audit_refuses(trained, capsys, argv, message):
     argv = [word.format(trained) for word in argv]
     assert message in refusal(capsys, "audit", trained, *argv)
     assert snapshot(trained) == before
+
+
+def test_a_run_on_an_own_source_is_sampled_and_exported_but_not_audited(tmp_path, capsys):
+    config = tiny.config(tmp_path, "data.source=own", "train.total_steps=1")
+    run = trainer.Trainer(config, Processes(0, 1, torch.device("cpu")), source=DigitsSource("train"))
+    assert run.fit()
+    assert main(["sample", str(run.folder.path), "--seeds", "0-9", "--grid", str(tmp_path / "grid.png")]) == 0
+    assert main(["export", str(run.folder.path), str(tmp_path / "export")]) == 0
+    assert "data.source: got 'own' and no source" in refusal(capsys, "audit", run.folder.path)
+    assert not (run.folder.path / "audit").exists()
 
 
 def test_audit_refuses_what_is_no_run(trained, tmp_path, capsys):

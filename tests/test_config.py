@@ -158,8 +158,11 @@ def test_guidance_needs_a_null_label():
 def test_root_belongs_to_latents_only():
     with pytest.raises(ValueError, match=r"^data.root: got None, expected a folder"):
         DataConfig(source="latents")
-    with pytest.raises(ValueError, match=r"^data.root: got 'x', expected nothing"):
-        DataConfig(source="digits", root="x")
+    for source in ("digits", "own"):
+        with pytest.raises(
+            ValueError, match=rf"^data.root: got 'x', expected nothing, because data.source is {source}"
+        ):
+            DataConfig(source=source, root="x")
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,7 @@ def test_root_belongs_to_latents_only():
         ({"source": "images", "root": "x"}, r"^data.image_size: got None, expected an integer of at least 1, because"),
         ({"source": "images", "root": "x", "image_size": 0}, r"^data.image_size: got 0"),
         ({"source": "cifar10", "root": "x", "image_size": 32}, r"^data.image_size: got 32, expected nothing"),
+        ({"source": "own", "image_size": 32}, r"^data.image_size: got 32, expected nothing"),
         ({"source": "latents", "root": "x", "augment_p": 0.1}, r"^data.augment_p: got 0.1, expected 0, because"),
         ({"source": "digits", "augment_p": 1.1}, r"^data.augment_p: got 1.1, expected a number from 0 to 1"),
         ({"source": "digits", "prefetch": 0}, r"^data.prefetch: got 0"),

@@ -134,6 +134,45 @@ def test_array_source_reads_uint8_as_pixels():
     assert source.stored_dtype == torch.uint8
 
 
+class Moments(ArraySource):
+    """Images with a standard deviation beside them."""
+
+    std: torch.Tensor | None = None
+
+    def moments(self, stored):
+        return stored.clone(), self.std
+
+
+def test_an_own_source_is_handed_over_where_the_configuration_says_so() -> None:
+    own = Moments(np.zeros((3, 1, 2, 2)), np.arange(3))
+    assert open_source(DataConfig(source="own"), own) is own
+    with pytest.raises(DataError, match=r"^data.source: got 'own' and no source, expected Trainer"):
+        open_source(DataConfig(source="own"))
+    with pytest.raises(DataError, match=r"^data.source: got 'digits', expected 'own', because a source was handed"):
+        open_source(DataConfig(source="digits"), own)
+
+
+def test_an_own_source_is_held_to_what_it_says_of_itself() -> None:
+    own = Moments(np.zeros((3, 1, 2, 2)), np.arange(3))
+    own.num_classes = 2
+    with pytest.raises(DataError, match=r"^labels of the source: label number 2 is 2, expected 0 to 1"):
+        open_source(DataConfig(source="own"), own)
+    own.num_classes, own.std = 3, torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    with pytest.raises(
+        DataError, match=r"^standard deviation of the source: got \(1, 1, 2, 2\) torch.float64, expected"
+    ):
+        open_source(DataConfig(source="own"), own)
+    own.std = torch.zeros(1, 1, 2, 2)
+    assert open_source(DataConfig(source="own"), own) is own
+    with pytest.raises(DataError, match=r"^data.augment_p: got 0.1, expected 0, because the source has standard"):
+        open_source(DataConfig(source="own", augment_p=0.1), own)
+    own.image_shape = (1, 2, 3)
+    with pytest.raises(
+        DataError, match=r"^mean of the source: got \(1, 1, 2, 2\) torch.float32, expected \(1, 1, 2, 3"
+    ):
+        open_source(DataConfig(source="own"), own)
+
+
 def test_digits_are_the_real_images_split_once() -> None:
     from sklearn.datasets import load_digits
 

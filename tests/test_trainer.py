@@ -17,7 +17,7 @@ from PIL import Image
 from soflow import checkpoint
 from soflow.config import Config
 from soflow.config_file import ConfigError, dump_config, load_config
-from soflow.data import DataError
+from soflow.data import ArraySource, DataError, DigitsSource
 from soflow.distributed import Processes
 from soflow.images import to_uint8
 from soflow.run_folder import RunError, load_flow
@@ -72,6 +72,28 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop, settings):
     assert resumed.finished == stop
     assert resumed.fit()
     assert_same_state(resumed, whole)
+
+
+@pytest.mark.parametrize("feeder", ["resident", "plain"])
+def test_an_own_source_trains_as_the_data_set_it_holds(tmp_path, feeder):
+    """To the bit as the digits do, resumed as well; other data are refused then, and its samples need none."""
+    digits = DigitsSource("train")
+    config = tiny.config(tmp_path / "own", "data.source=own", f"data.feeder={feeder}")
+    Trainer(config, ALONE, source=digits).fit(until=4)
+    with pytest.raises(RunError, match="got a checkpoint of the data set"):
+        Trainer(config, ALONE, source=ArraySource(-digits.images, digits.labels))
+    with pytest.raises(DataError, match=r"^data.source: got 'own' and no source"):
+        Trainer(config, ALONE)
+    own = Trainer(config, ALONE, source=digits)
+    assert own.fit()
+    assert_same_state(own, train(tiny.config(tmp_path / "digits")))
+    assert load_flow(own.folder.path)[1] == 8
+
+
+def test_a_source_that_is_not_asked_for_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"^data.source: got 'digits', expected 'own'"):
+        Trainer(tiny.config(tmp_path), ALONE, source=DigitsSource("train"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_resume_repeats_what_was_not_saved(tmp_path):
