@@ -9,7 +9,7 @@ from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.ema import Ema
 from soflow.flow import SolutionFlow
-from soflow.models import Network
+from soflow.models import Network, NetworkBuilder
 from soflow.optim import Optimizer, build_optimizer
 from soflow.precision import working_copy
 from soflow.run_folder import build_flow
@@ -28,9 +28,12 @@ class Training(NamedTuple):
     step: TrainingStep
 
 
-def assemble(config: Config, processes: Processes, ops: ModuleType) -> Training:
-    """Return the untrained parts of a configuration on this process's device; the same weights for the same seed."""
-    flow = initial_flow(config, ops)
+def assemble(config: Config, processes: Processes, ops: ModuleType, network: NetworkBuilder | None = None) -> Training:
+    """Return the untrained parts of a configuration on this process's device; the same weights for the same seed.
+
+    network: builds the one that the configuration calls own.
+    """
+    flow = initial_flow(config, ops, network)
     ema = Ema(config.ema, flow.network)
     precision = config.engine.precision
     sharded = config.engine.parallel == "fsdp" and processes.world_size > 1
@@ -58,8 +61,8 @@ def compile_calls(network: Network) -> None:
     network.forward_difference = torch.compile(network.forward_difference, backend=COMPILER)  # type: ignore[method-assign]
 
 
-def initial_flow(config: Config, ops: ModuleType) -> SolutionFlow:
+def initial_flow(config: Config, ops: ModuleType, network: NetworkBuilder | None = None) -> SolutionFlow:
     """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return build_flow(config.network, config.flow, ops)
+        return build_flow(config.network, config.flow, ops, network)

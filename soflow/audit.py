@@ -104,6 +104,11 @@ def audit(run: Path, steps: Literal["all", "newest"] | Sequence[int], samples: i
         raise AuditError(
             f"objective.name: got {config.objective.name!r}, expected 'soflow', which alone takes the slope"
         )
+    if config.network.name == "own":
+        raise AuditError(
+            "network.name: got 'own', expected a network of soflow, because no command can build it; "
+            "load_flow(path, network=...) loads it in Python (docs/extending.md)"
+        )
     folders = choose_steps(RunFolder(run).checkpoints, steps)
     batch = draw_batch(config, samples, seed)
     objective = build_objective(config, reference)

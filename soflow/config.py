@@ -7,7 +7,7 @@ YAML files and the overrides of the command line into these classes.
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -70,7 +70,9 @@ class NetworkConfig:
     """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it in full."""
 
     name: Annotated[
-        str, "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, DiT with the five shape fields below, or UNet (of CIFAR-10)"
+        str,
+        "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, DiT with the five shape fields below, UNet (of CIFAR-10), "
+        "or own: one handed to Trainer",
     ]
     input_size: Annotated[int, "height and width of the images or latents the network sees"]
     in_channels: Annotated[int, "channels of the images or latents"]
@@ -94,6 +96,10 @@ class NetworkConfig:
         for name in ("input_size", "in_channels"):
             require("network", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         require("network", "num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
+        if self.name == "own":
+            for name in (shape_field.name for shape_field in fields(self) if shape_field.default is None):
+                value = getattr(self, name)
+                require("network", name, value, value is None, "nothing, because network.name is own")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,8 +98,13 @@ class Trained:
 def write_export(folder: Path, trained: Trained) -> None:
     """Write `folder`, which must not exist, completely or not at all.
 
-    Raises CheckpointError where there is something, or the disk refuses.
+    Raises CheckpointError where there is something, or the disk refuses, and ValueError for a network of one's own.
     """
+    if trained.network.name == "own":
+        raise ValueError(
+            "network.name: got 'own', expected a network of soflow, because an export holds no code; "
+            "load_flow(path, network=...) loads it in Python (docs/extending.md)"
+        )
     if folder.exists():
         raise CheckpointError(f"{folder}: got a {'folder' if folder.is_dir() else 'file'}, expected nothing there yet")
     described = {

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from soflow.assembly import assemble
 from soflow.config import Config
 from soflow.distributed import Processes
-from soflow.models.network import Recompute
+from soflow.models.network import NetworkBuilder, Recompute
 from soflow.optim import Optimizer
 from soflow.run_folder import RunError, training_ops
 
@@ -93,10 +93,17 @@ class _MomentsOnly:
         """Leave the gradients to whoever wants to update by them."""
 
 
-def predict_peak(config: Config, image_shape: tuple[int, int, int], device: torch.device, world_size: int = 1) -> int:
+def predict_peak(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    world_size: int = 1,
+    network: NetworkBuilder | None = None,
+) -> int:
     """Return the bytes that a process of a training needs for its tensors at most; takes seconds and no memory.
 
     image_shape: (C, H, W) of the data.  device: where the training will run, which decides on ops and optimizer.
+    network: builds the one that the configuration calls own.
     """
     ops = training_ops(config, device)
     fused_update = config.optim.backend in ("auto", "fused") and device.type == "cuda"
@@ -106,16 +113,22 @@ def predict_peak(config: Config, image_shape: tuple[int, int, int], device: torc
         optim=dataclasses.replace(config.optim, backend="reference"),
         engine=dataclasses.replace(config.engine, cuda_graph="off", compile=False),
     )
-    return count_steps(config, image_shape, ops, fused_update)
+    return count_steps(config, image_shape, ops, fused_update, network)
 
 
-def count_steps(config: Config, image_shape: tuple[int, int, int], ops: ModuleType, fused_update: bool = False) -> int:
+def count_steps(
+    config: Config,
+    image_shape: tuple[int, int, int],
+    ops: ModuleType,
+    fused_update: bool = False,
+    network: NetworkBuilder | None = None,
+) -> int:
     """Return the peak of tensor bytes of a step, on fake tensors, of a training under way.
 
     fused_update: the update makes nothing but changes, as the CUDA extension's.
     """
     with fake_tensors(), CountMemory() as memory:
-        parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops)
+        parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops, network)
         parts.step.optimizer = under_way = _MomentsOnly(parts.optimizer)  # type: ignore[assignment]
         parts.step(*sample_like(config, image_shape), 0)
         if not fused_update:
@@ -136,14 +149,20 @@ def sample_like(config: Config, image_shape: tuple[int, int, int]) -> tuple[Tens
 
 
 def require_memory(
-    config: Config, image_shape: tuple[int, int, int], device: torch.device, world_size: int, available: int
+    config: Config,
+    image_shape: tuple[int, int, int],
+    device: torch.device,
+    world_size: int,
+    available: int,
+    network: NetworkBuilder | None = None,
 ) -> int:
     """Return the predicted peak in bytes; RunError with what would help where it is more than `available`."""
 
     def predict(recompute: Recompute = config.engine.recompute, parts: int = config.train.accumulation) -> int:
         engine = dataclasses.replace(config.engine, recompute=recompute)
         train = dataclasses.replace(config.train, accumulation=parts)
-        return predict_peak(dataclasses.replace(config, engine=engine, train=train), image_shape, device, world_size)
+        changed = dataclasses.replace(config, engine=engine, train=train)
+        return predict_peak(changed, image_shape, device, world_size, network)
 
     needed = predict()
     if needed <= available:

@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from soflow import checkpoint, kernels
 from soflow.checkpoint import Checkpoint, CheckpointError, replacing
@@ -21,7 +22,7 @@ from soflow.config_file import compare_configs, dump_config, load_config, parse_
 from soflow.export import Trained, is_export, read_export
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
-from soflow.models import build_network
+from soflow.models import NetworkBuilder, build_network, build_own_network
 
 # Settings that change what a run writes, or where it computes, but not what: they may differ when it is continued.
 # The data set is known by its fingerprint, wherever it lies and however it is read.
@@ -134,10 +135,44 @@ def training_ops(config: Config, device: torch.device) -> ModuleType:
     return reference if config.objective.name == "meanflow" else choose_ops(config.engine.ops, device)
 
 
-def build_flow(network: NetworkConfig, flow: FlowConfig, ops: ModuleType) -> SolutionFlow:
-    """Build the network, which computes with `ops`, and the flow around it."""
-    shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-    return SolutionFlow(build_network(**shape, ops=ops), flow.path, flow.parameterization, flow.sampler)
+def build_flow(
+    network: NetworkConfig, flow: FlowConfig, ops: ModuleType, own: NetworkBuilder | None = None
+) -> SolutionFlow:
+    """Build the network, which computes with `ops`, and the flow around it.
+
+    own: what builds the network that is called own; ValueError where it is missing or not asked for.
+    """
+    if own is not None and network.name != "own":
+        raise ValueError(f"network.name: got {network.name!r}, expected 'own', because a network was handed over")
+    if network.name == "own":
+        built = build_own_network(
+            _require_builder(own),
+            input_size=network.input_size,
+            in_channels=network.in_channels,
+            num_classes=network.num_classes,
+            ops=ops,
+        )
+    else:
+        shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+        built = build_network(**shape, ops=ops)
+    return SolutionFlow(built, flow.path, flow.parameterization, flow.sampler)
+
+
+def _require_builder(own: NetworkBuilder | None) -> NetworkBuilder:
+    if own is None:
+        raise ValueError(
+            "network.name: got 'own' and no network, expected Trainer(config, processes, network=...) or "
+            "load_flow(path, network=...) in Python (docs/extending.md): no command can build it"
+        )
+    return own
+
+
+def require_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError unless `weights`, read from `path`, have the names and shapes that a network expects."""
+    for name in {**expected, **weights}:
+        want, got = (list(of[name].shape) if name in of else "nothing" for of in (expected, weights))
+        if want != got:
+            raise CheckpointError(f"{path}: {name}: got {got}, expected {want}, as the network has it")
 
 
 def load_flow(
@@ -145,17 +180,20 @@ def load_flow(
     weights: Literal["ema", "model"] = "ema",
     device: torch.device | str = "cpu",
     sampler: Sampler | None = None,
+    *,
+    network: NetworkBuilder | None = None,
 ) -> tuple[SolutionFlow, int]:
     """Load a trained flow, in eval mode and without gradients, and the number of its training steps.
 
     path: as for `read_trained`, which says what is raised.  sampler: None is that of the configuration; ValueError for
-    one that needs what the network was not trained for.
+    one that needs what the network was not trained for.  network: what built it, where network.name is own.
     """
     trained = read_trained(path, weights)
     if sampler is not None:
         require_sampler("", sampler, trained.objective)
         trained = dataclasses.replace(trained, flow=dataclasses.replace(trained.flow, sampler=sampler))
-    flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)))
+    flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)), network)
+    require_weights(flow.network.state_dict(), trained.weights, path)
     flow.network.load_state_dict(dict(trained.weights))
     return flow.to(device).requires_grad_(False).eval(), trained.step
 

@@ -19,12 +19,14 @@ from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
+from soflow.models import NetworkBuilder
 from soflow.monitor import Monitor
 from soflow.run_folder import (
     RunError,
     checkpoint_meta,
     find_run,
     require_own_checkpoint,
+    require_weights,
     training_ops,
 )
 from soflow.sampling import sample, sample_noise
@@ -48,11 +50,18 @@ class Trainer:
 
     resume: a step folder to continue from; None takes the newest sound one of the run, if there is any.
     source: the data set, where data.source is own; the same in every process.
-    Raises RunError, CheckpointError, DataError, VaeError or OSError before anything is overwritten.
+    network: what builds the network, where network.name is own: called with input_size, in_channels, num_classes, ops.
+    Raises ValueError (RunError, CheckpointError, DataError, VaeError) or OSError before anything is overwritten.
     """
 
     def __init__(
-        self, config: Config, processes: Processes, resume: Path | None = None, *, source: Source | None = None
+        self,
+        config: Config,
+        processes: Processes,
+        resume: Path | None = None,
+        *,
+        source: Source | None = None,
+        network: NetworkBuilder | None = None,
     ) -> None:
         self.config = config
         self.processes = processes
@@ -67,8 +76,8 @@ class Trainer:
         # the prediction is that of whole weights
         if processes.device.type == "cuda" and config.engine.parallel == "ddp":
             total = torch.cuda.get_device_properties(processes.device).total_memory
-            require_memory(config, self.source.image_shape, processes.device, processes.world_size, total)
-        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops)
+            require_memory(config, self.source.image_shape, processes.device, processes.world_size, total, network)
+        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops, network)
         order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.positions)
         self.feeder = open_feeder(config.data, self.source, order, processes.device)
         self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
@@ -242,7 +251,8 @@ class Trainer:
         require_own_checkpoint(self.config, self.source.fingerprint, state, path)
         for network, weights in ((self.flow.network, state.model), (self.ema.network, state.ema)):
             own = network.state_dict()
-            network.load_state_dict({name: like(own.get(name, value), value) for name, value in weights.items()})
+            require_weights(own, weights, path)
+            network.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
         moments = {}
         for index, param in enumerate(self.optimizer.parameters()):
             if index in state.optimizer["state"]:

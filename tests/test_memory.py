@@ -83,7 +83,7 @@ def test_counts_storages_from_birth_to_end():
     ],
 )
 def test_a_training_that_does_not_fit_is_refused_with_what_helps(tmp_path, monkeypatch, settings, available, advice):
-    def predict(config, shape, device, world_size):
+    def predict(config, shape, device, world_size, network=None):
         needed = {"none": 84, "norms": 60, "blocks": 20}[config.engine.recompute] / config.train.accumulation
         return int(needed * GIB) + GIB
 

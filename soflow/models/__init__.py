@@ -4,11 +4,25 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from soflow.models.dit import DiT
-from soflow.models.network import Network
+from soflow.models.network import Network, NetworkBuilder
+from soflow.models.pair import Pair, PairOps
 from soflow.models.unet import UNet
 
-__all__ = ["DIT_PRESETS", "UNET_CIFAR10", "DiT", "Network", "UNet", "build_network"]
+__all__ = [
+    "DIT_PRESETS",
+    "UNET_CIFAR10",
+    "DiT",
+    "Network",
+    "NetworkBuilder",
+    "Pair",
+    "PairOps",
+    "UNet",
+    "build_network",
+    "build_own_network",
+]
 
 # patch_size, hidden_size, depth, num_heads of the official sizes
 DIT_PRESETS = {
@@ -110,6 +124,35 @@ def build_network(
         ops=ops,
         **shape,
     )
+
+
+def build_own_network(
+    builder: NetworkBuilder, *, input_size: int, in_channels: int, num_classes: int, ops: ModuleType
+) -> Network:
+    """Build a network by a builder of one's own; ValueError unless it is what the engine asks of a network."""
+    if isinstance(builder, Network):
+        raise ValueError(
+            f"network: got a {type(builder).__name__}, expected what builds one, such as its class: every process and "
+            "the prediction of memory build it anew, from the seed of the run"
+        )
+    shape = {"input_size": input_size, "in_channels": in_channels, "num_classes": num_classes}
+    network = builder(**shape, ops=ops)
+    if not isinstance(network, Network):
+        raise ValueError(
+            f"network: got a builder of a {type(network).__name__}, expected one of a soflow.models.Network"
+        )
+    for name, expected in shape.items():
+        got = getattr(network, name, None)
+        if got != expected:
+            raise ValueError(
+                f"network.{name}: got {got!r} from the builder, expected {expected}, with which it was called"
+            )
+    if not isinstance(getattr(network, "ops", None), PairOps):
+        raise ValueError("network.ops: expected PairOps(ops) of the ops that the builder was called with")
+    for name, parameter in network.named_parameters():
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"{name}: got {parameter.dtype}, expected torch.float32: a run keeps its weights so")
+    return network
 
 
 def _build_unet(

@@ -1,7 +1,7 @@
 """What a flow, an objective and a trainer ask of a network."""
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from torch import Tensor, nn
@@ -64,3 +64,7 @@ class Network(nn.Module, abc.ABC):
         dx: (M, ...), dt: (M,), M <= B.  F_t carries the gradient; dF, (M, ...), carries none, and its rounding error is
         relative to its own size.
         """
+
+
+# called as builder(input_size=..., in_channels=..., num_classes=..., ops=...): the class of a network, for example
+NetworkBuilder = Callable[..., Network]
