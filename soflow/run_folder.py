@@ -208,7 +208,7 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
     if path.suffix == ".pt":
         official = checkpoint.load_official(path)
         state = official.ema if weights == "ema" else official.model
-        network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(state))
+        network = _official_network(state, path)
         return Trained(
             network=network, flow=FlowConfig(), objective="soflow", weights=state, kind=weights, step=official.step
         )
@@ -230,6 +230,20 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         kind=weights,
         step=saved.step,
     )
+
+
+def _official_network(weights: Mapping[str, Tensor], path: Path) -> NetworkConfig:
+    try:
+        if checkpoint.is_unet(weights):
+            network = NetworkConfig(name="UNet", **checkpoint.infer_unet_shape(weights))
+        else:
+            network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(weights))
+        with torch.device("meta"):
+            expected = build_flow(network, FlowConfig(), reference).network.state_dict()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    require_weights(expected, weights, path)
+    return network
 
 
 def _newest_step(path: Path) -> Path:

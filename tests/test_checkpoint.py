@@ -30,6 +30,8 @@ from soflow.checkpoint import (
     Snapshots,
     Writer,
     infer_dit_shape,
+    infer_unet_shape,
+    is_unet,
     load,
     load_official,
     newest,
@@ -795,6 +797,39 @@ def test_positions_that_form_no_square_are_refused():
     weights = load_official(OFFICIAL).ema
     with pytest.raises(CheckpointError, match="pos_embed: got 15 tokens, expected a square number"):
         infer_dit_shape({**weights, "pos_embed": torch.zeros(1, 15, 32)}, num_heads=2)
+
+
+# ---------------------------------------------------------------- the shape of a U-Net
+
+
+def test_shape_of_the_official_unet():
+    with torch.device("meta"):
+        weights = {key: torch.zeros(shape) for key, shape in OFFICIAL_MODELS["UNet"]["state_dict"].items()}
+    assert is_unet(weights)
+    assert infer_unet_shape(weights) == {
+        "input_size": 32,
+        "in_channels": 3,
+        "num_classes": 0,
+        "model_channels": 128,
+        "channel_mult": (2, 2, 2),
+        "num_blocks": 4,
+        "attn_resolutions": (16,),
+    }
+    with torch.device("meta"):
+        build_network("UNet", **infer_unet_shape(weights)).load_state_dict(weights, strict=True)
+
+
+def test_shape_of_a_unet_without_attention_of_one_block():
+    shape = {"input_size": 8, "in_channels": 1, "num_classes": 0, "model_channels": 8, "channel_mult": (1, 3, 2)}
+    shape |= {"num_blocks": 1, "attn_resolutions": ()}
+    weights = build_network("UNet", **shape).state_dict()
+    assert infer_unet_shape(weights) == shape
+    assert not is_unet(load_official(OFFICIAL).ema)
+    del weights["enc.4x4_block0.conv0.weight"]
+    with pytest.raises(CheckpointError, match=r"enc.4x4_block0.conv0.weight: got nothing, expected the .* of a U-Net"):
+        infer_unet_shape(weights)
+    with pytest.raises(CheckpointError, match=r"^enc: got no resolution, expected names such as"):
+        infer_unet_shape({"enc.first": torch.zeros(1)})
 
 
 # ---------------------------------------------------------------- replacing

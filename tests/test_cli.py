@@ -23,6 +23,7 @@ from soflow.data import DigitsSource
 from soflow.distributed import Processes
 from soflow.images import to_uint8
 from soflow.kernels import reference
+from soflow.models import Network, build_network
 from soflow.run_folder import build_flow, checkpoint_meta, load_flow
 from soflow.sampling import sample, sample_noise
 
@@ -389,6 +390,39 @@ def test_sample_takes_step_folders_and_official_files(trained, tmp_path):
     for source in (trained, step_4):
         assert main(["sample", str(source), "--seeds", "0-9", "--npz", str(tmp_path / f"{source.name}.npz")]) == 0
     assert np.array_equal(drawn(tmp_path / "tiny.npz"), drawn(tmp_path / "step-00000004.npz"))
+
+
+def official_file(path: Path, network: Network) -> Path:
+    weights, optimizer = network.state_dict(), {"state": {}, "param_groups": []}
+    checkpoint.save_official(path, model=weights, ema=weights, optimizer=optimizer, step=5, epochs=0)
+    return path
+
+
+def test_an_official_unet_is_sampled_and_exported(tmp_path):
+    shape = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+    network = build_network("UNet", input_size=8, **shape).eval()
+    path = official_file(tmp_path / "cifar.pt", network)
+    flow, step = load_flow(path)
+    assert step == 5
+    x, (t, s) = torch.randn(2, 3, 8, 8), torch.rand(2, 2)
+    assert torch.equal(flow.network(x, t, s), network(x, t, s))
+    assert main(["sample", str(path), "--seeds", "0-3", "--grid", str(tmp_path / "a.png")]) == 0
+    assert main(["export", str(path), str(tmp_path / "out")]) == 0
+    assert main(["sample", str(tmp_path / "out"), "--seeds", "0-3", "--grid", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_an_official_file_of_no_known_network_is_refused_by_its_path(tmp_path, capsys):
+    shape = {"input_size": 8, "model_channels": 8, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": ()}
+    path = official_file(tmp_path / "other.pt", build_network("UNet", **shape, augment_dim=9))
+    message = f"error: {path}: map_augment.weight: got [32, 9], expected [32, 6], as the network has it"
+    for command in (["sample", path, "--grid", tmp_path / "a.png"], ["export", path, tmp_path / "out"]):
+        assert message in refusal(capsys, *command)
+    path = official_file(tmp_path / "linear.pt", torch.nn.Linear(2, 2))
+    assert f"error: {path}: x_embedder.proj.weight: got nothing, expected the parameter of a DiT" in refusal(
+        capsys, "sample", path, "--grid", tmp_path / "a.png"
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def untrained(folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0) -> Path:

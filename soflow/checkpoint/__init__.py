@@ -4,7 +4,10 @@ from soflow.checkpoint.files import CheckpointError, replacing
 from soflow.checkpoint.official import (
     DiTShape,
     OfficialCheckpoint,
+    UNetShape,
     infer_dit_shape,
+    infer_unet_shape,
+    is_unet,
     load_official,
     save_official,
 )
@@ -17,8 +20,11 @@ __all__ = [
     "DiTShape",
     "OfficialCheckpoint",
     "Snapshots",
+    "UNetShape",
     "Writer",
     "infer_dit_shape",
+    "infer_unet_shape",
+    "is_unet",
     "load",
     "load_official",
     "newest",

@@ -1,6 +1,7 @@
 """The official SoFlow `.pt` format, and the shape of the network that its weights belong to."""
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,18 @@ class DiTShape(TypedDict):
     depth: int
     num_heads: int
     mlp_ratio: float
+
+
+class UNetShape(TypedDict):
+    """The arguments of `build_network("UNet", ...)` that the weights show."""
+
+    input_size: int
+    in_channels: int
+    num_classes: int
+    model_channels: int
+    channel_mult: tuple[int, ...]
+    num_blocks: int
+    attn_resolutions: tuple[int, ...]
 
 
 def load_official(path: Path) -> OfficialCheckpoint:
@@ -99,17 +112,10 @@ def infer_dit_shape(weights: Mapping[str, Tensor], num_heads: int | None = None)
     The number of heads does not show in the weights: it is that of the official size with the same hidden_size, depth
     and patch_size, or else must be given. Raises CheckpointError naming the missing parameter.
     """
-
-    def shape(name: str, dimensions: int) -> torch.Size:
-        if name not in weights or weights[name].ndim != dimensions:
-            found = list(weights[name].shape) if name in weights else "nothing"
-            raise CheckpointError(f"{name}: got {found}, expected the parameter of a DiT, with {dimensions} dimensions")
-        return weights[name].shape
-
-    hidden_size, in_channels, patch_size, _ = shape("x_embedder.proj.weight", 4)
-    _, num_tokens, _ = shape("pos_embed", 3)
-    rows, _ = shape("y_embedder.embedding_table.weight", 2)
-    mlp_size, _ = shape("blocks.0.mlp.fc1.weight", 2)
+    hidden_size, in_channels, patch_size, _ = _shape(weights, "x_embedder.proj.weight", 4, "DiT")
+    _, num_tokens, _ = _shape(weights, "pos_embed", 3, "DiT")
+    rows, _ = _shape(weights, "y_embedder.embedding_table.weight", 2, "DiT")
+    mlp_size, _ = _shape(weights, "blocks.0.mlp.fc1.weight", 2, "DiT")
     grid_size = math.isqrt(num_tokens)
     if grid_size**2 != num_tokens:
         raise CheckpointError(f"pos_embed: got {num_tokens} tokens, expected a square number")
@@ -136,6 +142,44 @@ def infer_dit_shape(weights: Mapping[str, Tensor], num_heads: int | None = None)
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
     )
+
+
+def is_unet(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether a state dict without the 'network.' prefix has the names of a U-Net."""
+    return any(name.startswith("enc.") for name in weights)
+
+
+def infer_unet_shape(weights: Mapping[str, Tensor]) -> UNetShape:
+    """Return the shape of the U-Net that holds `weights`, a state dict without the 'network.' prefix.
+
+    Its names tell resolutions, blocks and attention. Raises CheckpointError naming the missing parameter.
+    """
+    found = {int(match[1]) for name in weights if (match := re.match(r"enc\.(\d+)x\1_", name))}
+    if not found:
+        raise CheckpointError("enc: got no resolution, expected names such as enc.32x32_conv.weight")
+    sizes = sorted(found, reverse=True)
+    model_channels, in_channels, _, _ = _shape(weights, f"enc.{sizes[0]}x{sizes[0]}_conv.weight", 4, "U-Net")
+    widths = [_shape(weights, f"enc.{size}x{size}_block0.conv0.weight", 4, "U-Net")[0] for size in sizes]
+    return UNetShape(
+        input_size=sizes[0],
+        in_channels=in_channels,
+        num_classes=0,
+        model_channels=model_channels,
+        channel_mult=tuple(width // model_channels for width in widths),
+        num_blocks=sum(
+            f"enc.{sizes[0]}x{sizes[0]}_block{index}.conv0.weight" in weights for index in range(len(weights))
+        ),
+        attn_resolutions=tuple(size for size in sizes if f"enc.{size}x{size}_block0.qkv.weight" in weights),
+    )
+
+
+def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int, network: str) -> torch.Size:
+    if name not in weights or weights[name].ndim != dimensions:
+        found = list(weights[name].shape) if name in weights else "nothing"
+        raise CheckpointError(
+            f"{name}: got {found}, expected the parameter of a {network}, with {dimensions} dimensions"
+        )
+    return weights[name].shape
 
 
 def _official_entry(path: Path, content: dict[str, Any], key: str, kind: type) -> Any:
