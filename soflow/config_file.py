@@ -74,7 +74,8 @@ def parse_config(
     raw = _read_yaml(text, origin)
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: got {_shorten.repr(raw)}, expected the sections {_field_names(Config)}")
-    if official_config.is_official(raw):
+    official = official_config.is_official(raw)
+    if official:
         try:
             raw, ignored = official_config.translate(raw)
         except ValueError as error:
@@ -83,6 +84,10 @@ def parse_config(
             notice(f"{origin}: official configuration; not needed here and ignored: {', '.join(ignored)}")
     for override in overrides:
         _apply_override(raw, override)
+    # what lies at the root is asked of the one that was chosen in the end
+    remark = official_config.choose_source(raw) if official else None
+    if remark is not None:
+        notice(f"{origin}: {remark}")
     problems: list[str] = []
     config = _build(Config, raw, "", problems)
     if config is None:

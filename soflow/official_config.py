@@ -6,10 +6,13 @@ official ones do.
 
 import difflib
 from collections.abc import Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from soflow.config import LATENT_SOURCES, require
+from soflow.config import require
+
+# in the folder that the official files name as their data set
+LATENTS_FILE = "imagenet_latent.hdf5"
 
 _KEYS = {
     "seed": "seed",
@@ -62,7 +65,6 @@ _NEEDED = (*_SPECIAL, *_KEYS, *_CHOICES, *_TIME_KEYS)
 # What the official code fixes and its YAML files do not say.
 _FIXED: dict[str, dict[str, Any]] = {
     "Imagenet": {
-        "data.source": "latents",
         "network.in_channels": 4,
         "network.num_classes": 1000,
         "optim.name": "adamw",
@@ -90,6 +92,7 @@ def is_official(raw: Mapping[Any, Any]) -> bool:
 def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     """Return the mapping `Config` is read from, and the known keys that have no counterpart in it.
 
+    Of latents it leaves out data.source, which `choose_source` adds.
     Raises ValueError 'key: got value, expected ...' for an unknown or missing key, and for a value that the official
     code accepts and this engine does not have.
     """
@@ -119,10 +122,24 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     _put(config, "name", working_dir.name)
     _put(config, "output_dir", str(working_dir.parent))
     ignored = [key for key in _IGNORED if key in raw]
-    if config["data"]["source"] in LATENT_SOURCES:
+    if "source" not in config["data"]:
         _put(config, "train.sample_every", 0)
         ignored.append("eval_demo_steps (grids of latents need train.sample_vae)")
     return config, ignored
+
+
+def choose_source(config: dict[Any, Any]) -> str | None:
+    """Set data.source, where nobody did, to what lies at data.root; return a remark where that is the slow format."""
+    data = config.get("data")
+    if not isinstance(data, dict) or "source" in data:
+        return None
+    root = Path(str(data.get("root")))
+    data["source"] = "hdf5" if root.is_file() or (root / LATENTS_FILE).is_file() else "latents"
+    if data["source"] == "latents":
+        return None
+    return (
+        f"data.source is hdf5, because {root} is or holds such a file; what soflow convert makes of it is read faster"
+    )
 
 
 def _choose(key: str, value: Any, choices: Mapping[str, str]) -> str:

@@ -423,6 +423,28 @@ def test_official_keys_are_translated():
     ]
 
 
+def test_official_latents_are_read_in_the_format_that_lies_there(tmp_path):
+    """The root that counts is the one after the overrides, and a source that was asked for stays."""
+
+    def source(root: Path, *overrides: str) -> tuple[str, list[str]]:
+        text, notices = OFFICIAL.replace("./imagenet_latent", str(root)), []
+        return parse_config(text, "official.yaml", overrides, notices.append).data.source, notices[1:]
+
+    file = tmp_path / "imagenet_latent.hdf5"
+    assert source(tmp_path) == ("latents", [])
+    assert source(file) == ("latents", [])
+    file.touch()
+    remark = "; what soflow convert makes of it is read faster"
+    for root in (tmp_path, file):
+        chosen, (notice,) = source(root)
+        assert chosen == "hdf5"
+        assert notice == f"official.yaml: data.source is hdf5, because {root} is or holds such a file{remark}"
+    assert source(tmp_path, f"data.root={tmp_path / 'shards'}") == ("latents", [])
+    assert source(tmp_path / "shards", f"data.root={file}")[0] == "hdf5"
+    assert source(tmp_path, "data.source=latents") == ("latents", [])
+    assert source(tmp_path, "data={source: digits}") == ("digits", [])
+
+
 def test_the_notice_goes_to_stderr(capsys):
     parse_config(OFFICIAL, "official.yaml")
     captured = capsys.readouterr()

@@ -227,7 +227,9 @@ def test_latents_fingerprint_is_that_of_their_manifest(tmp_path: Path) -> None:
 
 
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere/manifest.json: expected the manifest .* No such file"):
+    with pytest.raises(
+        DataError, match=r"nowhere/manifest.json: expected the manifest .*soflow convert.* No such file"
+    ):
         LatentSource(tmp_path / "nowhere")
 
 

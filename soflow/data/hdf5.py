@@ -16,8 +16,8 @@ from torch import Tensor
 from soflow.data.latent_writer import LatentWriter, Plan
 from soflow.data.latents import latent_moments
 from soflow.data.source import DataError, Source, checked_labels
+from soflow.official_config import LATENTS_FILE
 
-OFFICIAL_NAME = "imagenet_latent.hdf5"
 SHARD_BYTES = 2**30
 _ROWS_AT_ONCE = 1024
 
@@ -34,7 +34,7 @@ class Hdf5Source(Source):
     def __init__(self, root: str | Path, num_classes: int | None = None) -> None:
         import h5py
 
-        self.path = Path(root) / OFFICIAL_NAME if Path(root).is_dir() else Path(root)
+        self.path = Path(root) / LATENTS_FILE if Path(root).is_dir() else Path(root)
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:

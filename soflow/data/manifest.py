@@ -62,7 +62,10 @@ def read_manifest(root: Path) -> tuple[Manifest, bytes]:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: expected the manifest of a folder of latents, but: {error.strerror}") from error
+        raise DataError(
+            f"{path}: expected the manifest of a folder of latents, as soflow encode makes one of images and soflow "
+            f"convert of the official HDF5 file, but: {error.strerror}"
+        ) from error
     try:
         version = msgspec.json.decode(text, type=_Version).version
         if version != MANIFEST_VERSION:
