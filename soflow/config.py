@@ -367,11 +367,11 @@ class Config:
     def _require_grids_that_can_be_drawn(self) -> None:
         train, because = self.train, f"because data.source is {self.data.source}"
         vae = train.sample_vae
-        if self.data.source not in LATENT_SOURCES:
-            require("train", "sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")
-        elif train.sample_every > 0:
+        if self.data.source in LATENT_SOURCES:
             expected = f"an autoencoder, {because}, or train.sample_every=0, which draws no grids"
-            require("train", "sample_vae", vae, vae is not None, expected)
+            require("train", "sample_vae", vae, vae is not None or train.sample_every == 0, expected)
+        elif self.data.source != "own":
+            require("train", "sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")
         if train.sample_every > 0:
             require_calls("train.sample_nfe", train.sample_nfe, self.flow.sampler)
 

@@ -338,6 +338,11 @@ def require_matching_data(config: Config, source: Source) -> None:
             f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
             f"{config.data.source} has, or 0 for unconditional"
         )
+    if channels not in (1, 3) and config.train.sample_every and config.train.sample_vae is None:
+        raise RunError(
+            f"train.sample_every: got {config.train.sample_every}, expected 0, or an autoencoder in train.sample_vae, "
+            f"because the data set {config.data.source} has {channels} channels, which are no image"
+        )
     if config.train.batch_size > len(source):
         raise RunError(
             f"train.batch_size: got {config.train.batch_size}, expected at most {len(source)}, the size of the data set"

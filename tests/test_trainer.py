@@ -96,6 +96,21 @@ def test_a_source_that_is_not_asked_for_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_own_source_of_latents_needs_an_autoencoder_for_its_grids(tmp_path):
+    source = ArraySource(torch.zeros(12, 4, 8, 8), torch.arange(12) % 10)
+    own = ("data.source=own", "network.in_channels=4")
+    with pytest.raises(
+        RunError, match=r"^train.sample_every: got 4, expected 0, or an autoencoder in train.sample_vae"
+    ):
+        Trainer(tiny.config(tmp_path, *own, "train.sample_every=4"), ALONE, source=source)
+    assert not list(tmp_path.iterdir())
+    vae = tiny_vae.save(tmp_path / "vae")
+    grids = ("train.total_steps=1", "train.sample_every=1", f"train.sample_vae={vae}")
+    trainer = Trainer(tiny.config(tmp_path, *own, *grids), ALONE, source=source)
+    assert trainer.fit()
+    assert (trainer.folder.samples / "step-00000001.png").exists()
+
+
 def test_resume_repeats_what_was_not_saved(tmp_path):
     """Killed after step 7 with a checkpoint at 4: steps 5 to 7 run again, and no line of the metrics is doubled."""
     config = tiny.config(tmp_path / "parts", "train.checkpoint_every=4", "train.log_every=1")
