@@ -1,6 +1,7 @@
 """Image files into pixels: by NVIDIA DALI, on the GPU where there is one, or by Pillow.
 
-On a CPU both give the same bits. Neither turns an image as its EXIF orientation says, as the official recipe does not.
+On a CPU both give the same bits, and accept the same files: DALI gets what Pillow takes for an image by its header, and
+what DALI refuses Pillow tries. Neither turns an image as its EXIF orientation says, as the official recipe does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from soflow.data.feeder import has_dali
-from soflow.data.image_folder import DECODE_ERRORS, decode_image
+from soflow.data.image_folder import DECODE_ERRORS, decode_image, open_image
 from soflow.data.source import DataError
 
 Decoder = Callable[[Sequence[bytes]], "list[Tensor | str]"]
@@ -34,16 +35,18 @@ def open_decoder(name: Literal["auto", "dali", "pillow"], device: torch.device, 
 def _pillow_decoder(device: torch.device, threads: int) -> Decoder:
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def decode_one(content: bytes) -> Tensor | str:
-        try:
-            return torch.from_numpy(decode_image(content).copy())
-        except DECODE_ERRORS as error:
-            return _reason(error)
-
     def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
-        return [out if isinstance(out, str) else out.to(device) for out in pool.map(decode_one, contents)]
+        return [out if isinstance(out, str) else out.to(device) for out in pool.map(_decode_by_pillow, contents)]
 
     return decode
+
+
+def _decode_by_pillow(content: bytes) -> Tensor | str:
+    try:
+        return torch.from_numpy(decode_image(content))
+    except DECODE_ERRORS as error:
+        text = " ".join(str(error).split())
+        return f"{type(error).__name__}: {text}"[:300]
 
 
 def _dali_decoder(device: torch.device) -> Decoder:
@@ -58,20 +61,32 @@ def _dali_decoder(device: torch.device) -> Decoder:
         images = ndd.decoders.image(files, adjust_orientation=False, **settings)
         return [from_dlpack(image.evaluate()).clone() for image in images.tensors]
 
-    def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
+    def run_each(contents: Sequence[bytes]) -> list[Tensor | None]:
         if not contents:
             return []
         try:
             return list(run(contents))
-        except (RuntimeError, ValueError) as error:
-            if len(contents) == 1:
-                return [_reason(error)]
-        # One bad file fails them all: find it.
-        return [result for content in contents for result in decode([content])]
+        except (RuntimeError, ValueError):
+            # One bad file fails them all: find it.
+            return [None] if len(contents) == 1 else [pixels for content in contents for pixels in run_each([content])]
+
+    def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
+        suited = [_suits_dali(content) for content in contents]
+        by_dali = iter(run_each([content for content, suits in zip(contents, suited, strict=True) if suits]))
+        results: list[Tensor | str] = []
+        for content, suits in zip(contents, suited, strict=True):
+            pixels = next(by_dali) if suits else None
+            result = _decode_by_pillow(content) if pixels is None else pixels
+            results.append(result if isinstance(result, str) else result.to(device))
+        return results
 
     return decode
 
 
-def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+def _suits_dali(content: bytes) -> bool:
+    try:
+        with open_image(content) as image:
+            # Of a BMP that was cut off DALI makes the rest up.
+            return image.format != "BMP"
+    except DECODE_ERRORS:
+        return False

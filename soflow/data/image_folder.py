@@ -5,14 +5,14 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from soflow.data.arrays import to_training_range
@@ -20,6 +20,8 @@ from soflow.data.crop import center_crop
 from soflow.data.source import DataError, Source
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+# Whatever the suffix says, nothing else is decoded: for PostScript, Pillow would start Ghostscript.
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 # What Pillow raises for files that are no images, are damaged or are far too large.
 DECODE_ERRORS = (
@@ -48,29 +50,36 @@ class Listing:
 
 
 def list_images(root: str | Path) -> Listing:
-    """Return the images of `root`/class/..., classes and paths in the order of their names.
+    """Return the images of `root`/class/..., classes and paths in the order of their names; links are followed.
 
-    Raises DataError where there are none, or files lie beside the folders of the classes.
+    Raises DataError where there are none, files lie beside the folders of the classes, a folder cannot be listed, a
+    link leads nowhere or round, or a name is not UTF-8.
     """
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"{root}: expected a folder with a folder of images per class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    beside = [entry.name for entry in root.iterdir() if entry.suffix.lower() in SUFFIXES]
+    entries = list(root.iterdir())
+    for entry in entries:
+        _require_target(entry)
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    beside = [entry.name for entry in entries if entry.suffix.lower() in SUFFIXES]
     if beside:
         raise DataError(f"{root}: got the image {min(beside)} beside the folders, expected a folder per class")
     paths: list[str] = []
     labels: list[int] = []
     contents = hashlib.sha256()
     for label, name in enumerate(classes):
-        found = []
-        for folder, _, files in os.walk(root / name):
-            found += [Path(folder) / file for file in files if Path(file).suffix.lower() in SUFFIXES]
+        found = sorted(_walk(root / name))
         if not found:
             raise DataError(f"{root / name}: got no image, expected files of {', '.join(sorted(SUFFIXES))}")
-        for path in sorted(found):
+        for path in found:
             relative = path.relative_to(root).as_posix()
-            contents.update(f"{relative}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+            try:
+                contents.update(f"{relative}\0{path.stat().st_size}\0".encode())
+            except UnicodeEncodeError:
+                raise DataError(f"{root}: got the name {relative!a}, expected names in UTF-8") from None
+            except OSError as error:
+                raise DataError(f"{path}: expected an image, but: {error.strerror}") from error
             paths.append(relative)
             labels.append(label)
     if not paths:
@@ -78,13 +87,51 @@ def list_images(root: str | Path) -> Listing:
     return Listing(root, tuple(classes), tuple(paths), tuple(labels), contents.hexdigest()[:16])
 
 
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        for path in [Path(parent, name) for name in folders + files]:
+            # an image is looked at anyway, for its size
+            if path.suffix.lower() in SUFFIXES and path.name not in folders:
+                yield path
+            else:
+                _require_target(path)
+
+
+def _require_target(path: Path) -> None:
+    """Raise DataError for a link that leads nowhere, or to a folder that it lies in, which would be listed for ever."""
+    if not path.is_symlink():
+        return
+    if not path.exists():
+        raise DataError(f"{path}: got a link that leads nowhere, expected one to a file or folder")
+    if any(path.samefile(above) for above in path.parents):
+        raise DataError(f"{path}: got a link to a folder that it lies in, expected a tree of folders")
+
+
+def open_image(content: bytes) -> Image.Image:
+    """Return the image that a file of FORMATS holds, of which the header alone is read.
+
+    Raises one of DECODE_ERRORS for other files, for 16 bits per channel, and for more pixels than Pillow allows.
+    """
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError(f"the file is none of {', '.join(FORMATS)}") from None
+    # Pillow would cut 16 bits of grey off at 255: a white image.
+    if any(str(tile[3]).endswith(";16B") for tile in image.tile):
+        raise ValueError("got 16 bits per channel, expected 8")
+    return image
+
+
 def decode_image(content: bytes) -> np.ndarray:
     """Return the pixels of an image file, (H, W, 3) uint8, without regard to an EXIF orientation.
 
-    Raises one of DECODE_ERRORS for what is no whole image.
+    Raises one of DECODE_ERRORS for what `open_image` refuses, and for what is no whole image.
     """
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))
+    with open_image(content) as image:
+        return np.array(image.convert("RGB"))
 
 
 class ImageFolderSource(Source):
@@ -128,7 +175,7 @@ class ImageFolderSource(Source):
             pixels = decode_image(path.read_bytes())
         except DECODE_ERRORS as error:
             raise DataError(f"{path}: expected an image, but: {error}") from error
-        return center_crop(torch.from_numpy(pixels.copy()), self.image_size).numpy()
+        return center_crop(torch.from_numpy(pixels), self.image_size).numpy()
 
 
 def shorten(names: Sequence[str], limit: int = 10) -> str:
