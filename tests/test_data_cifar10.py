@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from soflow.data import Cifar10Source, DataError, cifar10
+from soflow.data import Cifar10Source, DataError, cifar10, open_source
+from soflow.data.inspect import guess_config
 
 ROWS = 4
 
@@ -68,13 +69,27 @@ def test_archives_are_read(name, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_what_an_archive_unpacks_to_is_read(name, tmp_path, monkeypatch):
-    path = write_archive(tmp_path, name, monkeypatch)
-    (tmp_path / "there").mkdir()
+def unpack(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = write_archive(folder, name, monkeypatch)
+    (folder / "there").mkdir()
     with tarfile.open(path) as archive:
-        archive.extractall(tmp_path / "there", filter="data")
-    assert_is_the_set(Cifar10Source(tmp_path / "there"))
+        archive.extractall(folder / "there", filter="data")
+    return folder / "there"
+
+
+def test_what_the_binary_archive_unpacks_to_is_read(tmp_path, monkeypatch):
+    assert_is_the_set(Cifar10Source(unpack("cifar-10-binary.tar.gz", tmp_path, monkeypatch)))
+
+
+def test_what_the_python_archive_unpacks_to_is_not_unpickled(tmp_path, monkeypatch):
+    """NumPy's arrays are not safe to unpickle: a changed byte is a crash, and the batches alone have no hash."""
+    there = unpack("cifar-10-python.tar.gz", tmp_path, monkeypatch)
+    config = guess_config(there, 32)
+    assert config.source == "cifar10"
+    with pytest.raises(DataError, match=r"got cifar-10-batches-py, which has no hash, expected cifar-10-python.tar.gz"):
+        open_source(config)
+    (tmp_path / "cifar-10-python.tar.gz").rename(there / "cifar-10-python.tar.gz")
+    assert_is_the_set(Cifar10Source(there))
 
 
 def test_both_versions_are_the_same_data_set(tmp_path, monkeypatch):

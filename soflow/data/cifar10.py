@@ -1,7 +1,8 @@
-"""CIFAR-10 from its published archives, binary or python, or from what was unpacked of them.
+"""CIFAR-10 from its published archives, binary or python, or from what was unpacked of the binary one.
 
 Nothing is unpacked to disk and no code of a pickle runs: expected members are read by name, up to a size, and the
-python batches go through an unpickler that knows arrays, lists and bytes only.
+python batches go through an unpickler that knows arrays, lists and bytes only, after the hash of their archive was
+compared: NumPy crashes on arrays whose pickles were changed.
 """
 
 import codecs
@@ -46,8 +47,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class Cifar10Source(ArraySource):
     """The 50,000 training images of CIFAR-10, (3, 32, 32), kept as uint8.
 
-    root: an archive, or a folder with one or with what it unpacks to (binary before python). Raises DataError for an
-    archive of another SHA-256 than the published one, and for batches that are no batches.
+    root: an archive, or a folder with one (binary before python) or with what the binary one unpacks to. Raises
+    DataError for an archive of another SHA-256 than the published one, and for batches that are no batches.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -67,11 +68,15 @@ def _find(root: Path) -> tuple[Callable[[str], bytes], str]:
     for name, members in _MEMBERS.items():
         if root.is_file() and root.name == name:
             return _open_archive(root), name
-        if (root / members[0]).is_file():
+        if name == "cifar-10-binary.tar.gz" and (root / members[0]).is_file():
             return lambda member: _read_limited((root / member).open("rb"), root / member), name
         if (root / name).is_file():
             return _open_archive(root / name), name
-    raise DataError(f"{root}: expected {' or '.join(_MEMBERS)}, or a folder with one of them or what it unpacks to")
+    if (root / "cifar-10-batches-py").exists():
+        raise DataError(f"{root}: got cifar-10-batches-py, which has no hash, expected cifar-10-python.tar.gz")
+    raise DataError(
+        f"{root}: expected {' or '.join(_MEMBERS)}, or a folder with one of them or what the binary one unpacks to"
+    )
 
 
 def _open_archive(path: Path) -> Callable[[str], bytes]:
