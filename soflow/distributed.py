@@ -52,6 +52,13 @@ class Processes:
         dist.broadcast_object_list(box, src=0, group=self.hosts)
         return box[0]
 
+    def gather(self, value: T) -> list[T]:
+        """Return the `value` of each process, in their order, on every process."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.world_size > 1:

@@ -159,7 +159,7 @@ class Trainer:
         if unsaved:
             self._on_first(writer.wait)
         if diverging:
-            self._require_finite_data()
+            self.feeder.require_finite(self.processes)
             raise DivergedError(
                 f"step {self.finished}: {self._bad_steps_allowed} step(s) in a row had no finite gradient; {ADVICE}"
             )
@@ -183,12 +183,8 @@ class Trainer:
     # --------------------------------------------------------------------------------------------
     # What happens between steps.
 
-    def _require_finite_data(self) -> None:
-        if self.processes.sum(self.feeder.nonfinite.float()).item():
-            raise self.feeder.fault()
-
     def _interval_means(self) -> dict[str, float]:
-        self._require_finite_data()
+        self.feeder.require_finite(self.processes)
         *totals, skipped = self.processes.sum(self.step.sums).tolist()
         done = self.step.num_summed - skipped
         means = {name: total / done if done else math.nan for name, total in zip(SUMMED[:-1], totals, strict=True)}
@@ -271,7 +267,7 @@ class Trainer:
     def _save(self, writer: checkpoint.Writer) -> None:
         """Copy the state to host memory of the first process, whose thread writes it while the training goes on."""
         self._on_first(writer.wait)
-        self._require_finite_data()
+        self.feeder.require_finite(self.processes)
         sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
             raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")

@@ -13,10 +13,12 @@ from soflow.config import DataConfig, ObjectiveConfig, TimesConfig
 from soflow.data import ArraySource, BatchOrder, DataError, Feeder, LatentSource, Rows, Source, open_feeder
 from soflow.data.feeder import has_dali
 from soflow.data.ring import HostRing
+from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
 from soflow.kernels import reference
 
 CPU = torch.device("cpu")
+ALONE = Processes(0, 1, CPU)
 FEEDERS = [
     "resident",
     "plain",
@@ -251,7 +253,8 @@ def test_latents_that_are_not_finite_raise_the_flag_with_their_numbers(kind, row
     feeder = open_feeder(settings(kind), source, order(source), CPU)
     take(feeder, 2)
     assert feeder.nonfinite.item()
-    assert f"samples {row[0]} hold NaN or infinity (steps 0 to 1)" in str(feeder.fault())
+    with pytest.raises(DataError, match=rf"samples {row[0]} hold NaN or infinity \(steps 0 to 1\), expected finite"):
+        feeder.require_finite(ALONE)
     assert not feeder.nonfinite.item()
 
 
@@ -262,6 +265,38 @@ def test_finite_data_raises_no_flag(kind, tmp_path):
     feeder = open_feeder(settings(kind), source, order(source), CPU)
     take(feeder, 3)
     assert not feeder.nonfinite.item()
+    feeder.require_finite(ALONE)
+
+
+class Decaying(ArraySource):
+    """From some moment on, sample 7 is NaN."""
+
+    finite = False
+    in_memory = False
+    decayed = False
+
+    def gather(self, indices, out):
+        super().gather(indices, out)
+        out[(indices == 7) & self.decayed] = np.nan
+
+
+def test_only_batches_since_the_last_look_are_read_again(monkeypatch):
+    source = Decaying(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
+    feeder = open_feeder(settings("plain"), source, order(source), CPU)
+    for _ in range(10):
+        for _ in range(100):
+            next(feeder)
+        feeder.require_finite(ALONE)
+    source.decayed = True
+    while not feeder.nonfinite.item():
+        next(feeder)
+    read_again = []
+    read = source.read
+    monkeypatch.setattr(source, "read", lambda indices: read_again.append(indices) or read(indices))
+    with pytest.raises(DataError, match=r"samples 7 hold NaN or infinity \(steps 1000 to "):
+        feeder.require_finite(ALONE)
+    feeder.close()
+    assert len(read_again) == feeder.step - 1000 < 20
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import latent_folders
+import numpy as np
 import pytest
 from processes import finish, metrics, ranks, recipe, status, torchrun
 
@@ -196,6 +198,21 @@ def test_a_loader_that_fails_ends_all_processes_within_the_time_limit(tmp_path, 
     assert re.search(message, "".join(output for _, output in ends)), ends
     if fault == "loader-hangs":
         assert "process 1 ended in" in ends[1][1]
+
+
+@pytest.mark.slow
+def test_a_sample_with_nan_is_named_by_all_processes(tmp_path):
+    latents = latent_folders.write_latents(tmp_path / "latents", counts=(16,))
+    latents[5, 0, 1, 1] = np.nan
+    entry = latent_folders.write_npy(tmp_path / "latents" / "latents-00000.npy", latents)
+    latent_folders.rewrite_manifest(tmp_path / "latents", shards=[entry])
+    network = "network={name: DiT, input_size: 4, in_channels: 4, num_classes: 3, patch_size: 2, hidden_size: 16"
+    data = f"data={{source: latents, root: {tmp_path / 'latents'}}}"
+    file = recipe(tmp_path, *SHORT, f"{network}, depth: 1, num_heads: 2}}", data)
+    ends = [finish(process) for process in ranks(2, "-m", "soflow.cli", "train", str(file))]
+    said = "samples 5 hold NaN or infinity (steps 0 to 0), expected finite data: try soflow inspect"
+    assert all(code != 0 and said in output for code, output in ends), ends
+    assert status(tmp_path / "tiny")["reason"] == said
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from soflow.config import DataConfig
 from soflow.data.order import BatchOrder
 from soflow.data.ring import HostRing, Slot
 from soflow.data.source import DataError, Source
+from soflow.distributed import Processes
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rows:
 class Feeder(Iterator[Rows], abc.ABC):
     """Gives the rows of step `start`, `start` + 1, ... without end; `seek` goes elsewhere.
 
-    nonfinite: whether a batch since the last `seek` or `fault` held NaN or infinity; on the device.
+    nonfinite: whether a batch since the last `require_finite` held NaN or infinity; on the device.
     """
 
     def __init__(self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int) -> None:
@@ -52,7 +53,7 @@ class Feeder(Iterator[Rows], abc.ABC):
         self.step = start
         self._positions = torch.tensor(order.positions, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
-        self._clean = start
+        self._finite_until = start
 
     def __next__(self) -> Rows:
         rows = self._read()
@@ -63,7 +64,7 @@ class Feeder(Iterator[Rows], abc.ABC):
         """Go on with the 0-based `step`."""
         if step != self.step:
             self.close()
-            self.step = self._clean = step
+            self.step = self._finite_until = step
 
     @abc.abstractmethod
     def _read(self) -> Rows:
@@ -73,21 +74,27 @@ class Feeder(Iterator[Rows], abc.ABC):
         """End what reads ahead; the next batch starts it again."""
         return None
 
-    def fault(self) -> DataError:
-        """Return an error that names the samples with NaN or infinity so far; reads the batches once more."""
+    def require_finite(self, processes: Processes) -> None:
+        """Raise DataError, on all processes, if any has read NaN or infinity since the last call; it names the samples.
+
+        Only then are the batches since that call read once more.
+        """
+        since, self._finite_until = self._finite_until, self.step
+        if not processes.sum(self.nonfinite.float()).item():
+            return
+        self.nonfinite.zero_()
         found: set[int] = set()
-        for step in range(self._clean, self.step):
+        for step in range(since, self.step):
             indices = self.order.indices(step)
             mean, std, _ = self.source.read(indices)
             finite = _finite_rows(mean) if std is None else _finite_rows(mean) & _finite_rows(std)
             found.update(indices[~finite.numpy()].tolist())
-        steps = f"steps {self._clean} to {self.step - 1}"
-        self._clean = self.step
-        self.nonfinite.zero_()
-        if not found:
-            return DataError(f"{steps}: another process read NaN or infinity, expected finite data")
-        numbers = ", ".join(map(str, sorted(found)[:20]))
-        return DataError(f"samples {numbers} hold NaN or infinity ({steps}), expected finite data: try soflow inspect")
+        # The first to raise would end the others, who still look.
+        numbers = sorted(set().union(*processes.gather(found)))
+        which = f"samples {', '.join(map(str, numbers[:20]))}" if numbers else "samples, finite when read again,"
+        raise DataError(
+            f"{which} hold NaN or infinity (steps {since} to {self.step - 1}), expected finite data: try soflow inspect"
+        )
 
     def _finish(self, step: int, indices: np.ndarray, stored: Tensor, labels: Tensor) -> Rows:
         mean, std = self.source.moments(stored)
