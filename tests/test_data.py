@@ -116,7 +116,10 @@ def test_array_source_fingerprint_changes_with_every_part_of_the_contents() -> N
         ),
         (torch.zeros(3, 1, 4, 4), torch.zeros(3), None, r"labels: got \(3,\) float32"),
         (torch.zeros(3, 1, 4, 4), torch.tensor([0, 3, 1]), 3, "labels: label number 1 is 3, expected 0 to 2"),
-        (torch.zeros(3, 1, 4, 4), torch.tensor([0, 0, -1]), None, "labels: label number 2 is -1, expected 0 to 0"),
+        (torch.zeros(3, 1, 4, 4), torch.tensor([0, 0, -1]), None, "labels: label number 2 is -1, expected 0 to "),
+        (torch.zeros(2, 1, 4, 4), torch.tensor([0, 10**11]), None, "number 1 is 100000000000, expected 0 to 1048575"),
+        (torch.zeros(1, 1, 4, 4), torch.tensor([0]), 10**11, "labels: got 100000000000 classes, expected 1 to 1048576"),
+        (torch.zeros(1, 1, 4, 4), torch.tensor([0]), 0, "labels: got 0 classes, expected 1 to 1048576"),
     ],
 )
 def test_array_source_refuses_what_it_cannot_serve(

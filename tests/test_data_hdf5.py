@@ -84,7 +84,7 @@ def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
         ({"latent_size": np.int64(8)}, r"latents: got \(16, 8, 4, 4\), expected \(16, 2 C, 8, 8\)"),
         ({"latents": np.zeros((16, 8, 4, 4))}, "latents: got float64, expected float32 or float16"),
         ({"labels": np.arange(15)}, r"labels: got \(15,\) int64, expected \(16,\)"),
-        ({"labels": np.arange(16) - 1}, "labels: label number 0 is -1, expected 0 to 14"),
+        ({"labels": np.arange(16) - 1}, "labels: label number 0 is -1, expected 0 to 1048575"),
     ],
 )
 def test_file_that_contradicts_itself_is_refused(changes, message, tmp_path):

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# More than any data set has: a label beyond is damage, and the table of its network would fill the memory.
+MAX_CLASSES = 2**20
+
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file or field, what it holds and what was expected."""
@@ -63,10 +66,15 @@ class Source(abc.ABC):
 
 
 def checked_labels(labels: np.ndarray, count: int, num_classes: int | None, where: str) -> Tensor:
-    """Return `labels` as (count,) int64; DataError unless they are integers from 0 to num_classes - 1 (None: any)."""
+    """Return `labels` as (count,) int64; DataError unless they are integers from 0 to num_classes - 1.
+
+    num_classes: at most MAX_CLASSES, which None stands for.
+    """
     if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{where}: got {labels.shape} {labels.dtype}, expected ({count},) of an integer type")
-    largest = int(labels.max()) if num_classes is None else num_classes - 1
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise DataError(f"{where}: got {num_classes} classes, expected 1 to {MAX_CLASSES}")
+    largest = (MAX_CLASSES if num_classes is None else num_classes) - 1
     bad = np.flatnonzero((labels < 0) | (labels > largest))
     if len(bad):
         raise DataError(
