@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import h5py
@@ -82,6 +83,13 @@ def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
         ({"labels": None}, "got no data set 'labels', expected latents, labels, amount, latent_size"),
         ({"amount": np.int64(17)}, r"latents: got \(16, 8, 4, 4\), expected \(17, 2 C, 4, 4\)"),
         ({"latent_size": np.int64(8)}, r"latents: got \(16, 8, 4, 4\), expected \(16, 2 C, 8, 8\)"),
+        ({"amount": np.arange(16)}, r"amount: got array\(.*\), expected one whole number"),
+        ({"latent_size": np.array([4, 4])}, r"latent_size: got array\(\[4, 4\]\), expected one whole number"),
+        ({"amount": np.nan}, r"official.hdf5: amount: got .*nan.*, expected one whole number"),
+        ({"amount": b"sixteen"}, r"official.hdf5: amount: got b'sixteen', expected one whole number"),
+        ({"latents": np.zeros((16, 0, 4, 4), dtype=np.float32)}, r"got \(16, 0, 4, 4\), expected .*, none of them 0"),
+        ({"latents": h5py.Empty("f4")}, r"latents: got \(\), expected \(16, 2 C, 4, 4\)"),
+        ({"labels": h5py.Empty("i8")}, r"labels: got None int64, expected \(16,\)"),
         ({"latents": np.zeros((16, 8, 4, 4))}, "latents: got float64, expected float32 or float16"),
         ({"labels": np.arange(15)}, r"labels: got \(15,\) int64, expected \(16,\)"),
         ({"labels": np.arange(16) - 1}, "labels: label number 0 is -1, expected 0 to 1048575"),
@@ -98,6 +106,13 @@ def test_file_that_is_none_or_missing_is_refused(tmp_path):
     for path in (tmp_path / "official.hdf5", tmp_path / "missing.hdf5", tmp_path):
         with pytest.raises(DataError, match=r"expected an HDF5 file of latents"):
             Hdf5Source(path)
+
+
+def test_without_h5py_the_package_is_named(tmp_path, monkeypatch):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match=r"official.hdf5: .* need the package h5py: pip install 'soflow\[latents\]'"):
+        Hdf5Source(tmp_path / "official.hdf5")
 
 
 def test_label_out_of_range_is_refused(tmp_path):
@@ -120,5 +135,5 @@ def test_verify_finds_what_is_not_finite(tmp_path):
     latents = latent_folders.random_latents(16, "float32")
     latents[13, 0, 3, 3] = np.inf
     latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)
-    with pytest.raises(DataError, match="row 13 holds NaN or infinity"):
+    with pytest.raises(DataError, match="row 13 is not finite in float32"):
         Hdf5Source(tmp_path / "official.hdf5").verify()

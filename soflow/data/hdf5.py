@@ -25,15 +25,17 @@ _ROWS_AT_ONCE = 1024
 class Hdf5Source(Source):
     """An official HDF5 file of latents, or the folder with it; its moments are times LATENT_SCALE.
 
-    num_classes: None takes the largest label plus one. A fifteenth of the speed of our format: convert it.
-    Raises DataError for a file that is not one, or whose parts contradict each other.
+    num_classes: None takes the largest label plus one. Slower to read than our format: convert it.
+    Raises DataError where h5py is not installed, for a file that is not one, or whose parts contradict each other.
     """
 
     finite = False
 
     def __init__(self, root: str | Path, num_classes: int | None = None) -> None:
-        import h5py
-
+        try:
+            import h5py
+        except ImportError as error:
+            raise DataError(f"{root}: HDF5 files need the package h5py: pip install 'soflow[latents]'") from error
         self.path = Path(root) / LATENTS_FILE if Path(root).is_dir() else Path(root)
         try:
             self._file = h5py.File(self.path, "r")
@@ -44,10 +46,14 @@ class Hdf5Source(Source):
         if missing:
             raise DataError(f"{self.path}: got no data set {missing[0]!r}, expected {', '.join(names)}")
         self._latents = self._file["latents"]
-        shape, dtype = self._latents.shape, self._latents.dtype
-        size, amount = int(self._file["latent_size"][()]), int(self._file["amount"][()])
-        if len(shape) != 4 or shape[1] % 2 or shape != (amount, shape[1], size, size) or amount < 1:
-            raise DataError(f"{self.path}: latents: got {shape}, expected ({amount}, 2 C, {size}, {size})")
+        # the shape of an empty data set is None
+        shape: tuple[int, ...] = self._latents.shape or ()
+        dtype = self._latents.dtype
+        size, amount = self._number("latent_size"), self._number("amount")
+        if len(shape) != 4 or shape[1] % 2 or shape != (amount, shape[1], size, size) or 0 in shape:
+            raise DataError(
+                f"{self.path}: latents: got {shape}, expected ({amount}, 2 C, {size}, {size}), none of them 0"
+            )
         if dtype not in (np.float16, np.float32):
             raise DataError(f"{self.path}: latents: got {dtype}, expected float32 or float16")
         labels = self._file["labels"][()]
@@ -58,7 +64,7 @@ class Hdf5Source(Source):
         # Hashing 80 GB would take minutes: the labels and a few samples tell one data set from another.
         contents = hashlib.sha256(f"{shape} {dtype} {self.num_classes}".encode() + self.labels.numpy().tobytes())
         for index in (0, amount // 2, amount - 1):
-            contents.update(self._latents[index].tobytes())
+            contents.update(self._read(np.array([index])).tobytes())
         self.fingerprint = contents.hexdigest()[:16]
 
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
@@ -75,14 +81,26 @@ class Hdf5Source(Source):
         """Read everything and look for NaN and infinity; the format has no hashes."""
         for start in range(0, len(self), _ROWS_AT_ONCE):
             rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(self)))
-            finite = np.isfinite(self._read(rows)).reshape(len(rows), -1).all(axis=1)
-            if not finite.all():
-                first = rows[int(np.argmin(finite))]
-                raise DataError(f"{self.path}: latents: row {first} holds NaN or infinity, expected finite latents")
+            self.require_finite(rows, self._read(rows))
 
     def describe(self) -> dict[str, str]:
         """Return how the latents are stored."""
         return {"stored": f"{' x '.join(map(str, self.stored_shape))} {self._latents.dtype}, HDF5"}
+
+    def require_finite(self, rows: np.ndarray, latents: np.ndarray) -> None:
+        """Raise DataError unless `latents`, what the rows hold in some dtype, are finite."""
+        finite = np.isfinite(latents).reshape(len(rows), -1).all(axis=1)
+        if not finite.all():
+            first = rows[int(np.argmin(finite))]
+            raise DataError(
+                f"{self.path}: latents: row {first} is not finite in {latents.dtype}, expected finite latents"
+            )
+
+    def _number(self, name: str) -> int:
+        value = self._file[name][()]
+        if not isinstance(value, np.integer):
+            raise DataError(f"{self.path}: {name}: got {value!r}, expected one whole number")
+        return int(value)
 
     def _read(self, rows: np.ndarray) -> np.ndarray:
         try:
@@ -105,11 +123,11 @@ def convert_hdf5(
     """
     sample_bytes = int(np.prod(source.stored_shape)) * np.dtype(dtype).itemsize
     per_shard = max(1, shard_bytes // sample_bytes)
-    _, channels, size = len(source), source.stored_shape[0], source.stored_shape[1]
+    channels, height, width = source.stored_shape
     plan = Plan(
         num_shards=-(-len(source) // per_shard),
         num_classes=source.num_classes,
-        shape=(channels, size, size),
+        shape=(channels, height, width),
         dtype=dtype,
         contents=hashlib.sha256(f"{source.fingerprint} {dtype} {per_shard}".encode()).hexdigest()[:16],
         remarks={"converted_from": source.path.name},
@@ -122,12 +140,7 @@ def convert_hdf5(
             chunk = rows[start : start + _ROWS_AT_ONCE]
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinity, which is refused below
                 latents[start : start + len(chunk)] = source._read(chunk)
-            finite = np.isfinite(latents[start : start + len(chunk)]).reshape(len(chunk), -1).all(axis=1)
-            if not finite.all():
-                first = chunk[int(np.argmin(finite))]
-                raise DataError(
-                    f"{source.path}: latents: row {first} is not finite in {dtype}, expected finite latents"
-                )
+            source.require_finite(chunk, latents[start : start + len(chunk)])
         writer.write_shard(number, latents, source.labels[torch.from_numpy(rows)].tolist(), [])
         progress(len(rows))
     writer.finish(max_bad=0)
