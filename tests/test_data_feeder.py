@@ -242,6 +242,25 @@ def test_closing_ends_the_thread():
     assert not any(thread.name == "loader" for thread in threading.enumerate())
 
 
+def test_closing_reads_no_further_batch():
+    """A slow disk would be read for a feeder that is gone, beside its successor's thread."""
+    begun, release, reads = threading.Event(), threading.Event(), []
+
+    class Slow(ArraySource):
+        def gather(self, indices, out):
+            reads.append(indices)
+            begun.set()
+            release.wait(30)
+
+    source = Slow(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
+    ring = HostRing(source, order(source), 0, 4, pinned=False)
+    assert begun.wait(30)
+    threading.Timer(0.3, release.set).start()
+    ring.close()
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("kind", FEEDERS)
 @pytest.mark.parametrize(("row", "value"), [((3, 1), np.nan), ((9, 6), np.inf)])
 def test_latents_that_are_not_finite_raise_the_flag_with_their_numbers(kind, row, value, tmp_path):

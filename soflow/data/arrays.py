@@ -17,8 +17,9 @@ _DIGITS_SPLIT_SEED = 0
 class ArraySource(Source):
     """Images and labels in memory: images (N, C, H, W), labels (N,) integers.
 
-    Images are finite numbers in the training range [-1, 1], or uint8, of which 0 to 255 become -1 to 1.
-    num_classes defaults to the largest label plus one. Raises DataError for other shapes, types or values.
+    Images are finite numbers, trained on as they are (the recipes are made for -1 to 1), or uint8, of which 0 to 255
+    become -1 to 1. num_classes defaults to the largest label plus one. Raises DataError for other shapes or types, and
+    for NaN and infinity.
     """
 
     in_memory = True

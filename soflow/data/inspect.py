@@ -6,7 +6,7 @@ import torch
 
 from soflow.config import DataConfig
 from soflow.data.cifar10 import PUBLISHED_SHA256
-from soflow.data.image_folder import list_images, shorten
+from soflow.data.image_folder import shorten
 from soflow.data.latent_writer import read_bad_files
 from soflow.data.manifest import MANIFEST
 from soflow.data.source import DataError, Source
@@ -15,7 +15,7 @@ from soflow.data.source import DataError, Source
 def guess_config(path: Path, image_size: int) -> DataConfig:
     """Return the section `data` that opens what lies at `path`; image_size: side of the crop, for a folder of images.
 
-    Raises DataError where nothing there looks like a data set.
+    What looks like nothing else is taken for a folder of images. Raises DataError where there is nothing.
     """
     if (path / MANIFEST).is_file():
         return DataConfig(source="latents", root=str(path))
@@ -26,7 +26,6 @@ def guess_config(path: Path, image_size: int) -> DataConfig:
         return DataConfig(source="cifar10", root=str(path))
     if not path.exists():
         raise DataError(f"{path}: expected a data set, but: no such file or folder")
-    list_images(path)
     return DataConfig(source="images", root=str(path), image_size=image_size)
 
 

@@ -42,6 +42,7 @@ class HostRing:
             stored = torch.empty((rows, *source.stored_shape), dtype=source.stored_dtype, pin_memory=pinned)
             labels = torch.empty(rows, dtype=torch.int64, pin_memory=pinned)
             self._free.put(Slot(stored, labels, -1, np.empty(0, dtype=np.int64)))
+        self._closed = False
         self._thread = threading.Thread(target=self._read_ahead, name="loader", daemon=True)
         self._thread.start()
 
@@ -64,12 +65,13 @@ class HostRing:
 
     def close(self) -> None:
         """End the thread, after the batch it reads."""
+        self._closed = True
         self._free.put(None)
         self._thread.join(timeout=1.0)
 
     def _read_ahead(self) -> None:
         try:
-            while (slot := self._free.get()) is not None:
+            while (slot := self._free.get()) is not None and not self._closed:
                 slot.step, slot.indices = self._next, self._order.indices(self._next)
                 self._source.gather(slot.indices, slot.stored.numpy())
                 torch.index_select(self._source.labels, 0, torch.from_numpy(slot.indices), out=slot.labels)
