@@ -57,10 +57,10 @@ def _encode(args: argparse.Namespace) -> int:
     from soflow.data.decode import open_decoder
     from soflow.data.encode import Encoder, EncodeSettings
     from soflow.data.image_folder import list_images
-    from soflow.distributed import resolve_device
+    from soflow.distributed import read_ranks, resolve_device
     from soflow.vae import load_vae
 
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = read_ranks()
     device = resolve_device(args.device)
     # As the official latents: TF32 would round them.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -112,6 +112,19 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def read_ranks() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, as torchrun puts them in the environment; alone 0 and 1.
+
+    Raises ValueError for anything but whole numbers of which the first is the smaller.
+    """
+    got = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(text.isdecimal() for text in got) or not int(got[0]) < int(got[1]):
+        raise ValueError(
+            f"RANK, WORLD_SIZE: got {got[0]!r}, {got[1]!r}, expected a rank from 0 and a number of processes above it"
+        )
+    return int(got[0]), int(got[1])
+
+
 @contextmanager
 def join_processes(device_name: str, timeout_s: float) -> Iterator[Processes]:
     """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo); leave it after.
@@ -122,7 +135,7 @@ def join_processes(device_name: str, timeout_s: float) -> Iterator[Processes]:
     device = resolve_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = read_ranks()
     if world_size == 1:
         yield Processes(0, 1, device)
         return

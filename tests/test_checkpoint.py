@@ -793,6 +793,20 @@ def test_weights_of_another_network_are_refused(name: str):
         infer_dit_shape(weights, num_heads=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("x_embedder.proj.weight", (0, 1, 2, 2)),
+        ("y_embedder.embedding_table.weight", (0, 32)),
+        ("pos_embed", (1, 0, 32)),
+    ],
+)
+def test_empty_weights_are_refused(name: str, shape: tuple[int, ...]):
+    weights = load_official(OFFICIAL).ema
+    with pytest.raises(CheckpointError, match=rf"{name}: got \[.*\], expected .* dimensions, none of them 0"):
+        infer_dit_shape({**weights, name: torch.zeros(shape)}, num_heads=2)
+
+
 def test_positions_that_form_no_square_are_refused():
     weights = load_official(OFFICIAL).ema
     with pytest.raises(CheckpointError, match="pos_embed: got 15 tokens, expected a square number"):

@@ -125,6 +125,10 @@ def test_a_file_that_is_no_mapping_is_refused(text):
     assert "expected the sections name, " in refusal(text)
 
 
+def test_a_file_with_a_seed_alone_is_not_taken_for_an_official_one():
+    assert "name: missing, expected text" in refusal("seed: 3\n")
+
+
 def test_unreadable_files_are_refused(tmp_path):
     missing, folder, binary = tmp_path / "no.yaml", tmp_path / "folder", tmp_path / "binary.yaml"
     folder.mkdir()

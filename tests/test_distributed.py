@@ -134,6 +134,15 @@ def test_alone_needs_no_process_group():
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("rank", "world_size"), [("0", "0"), ("2", "2"), ("-1", "2"), ("0", "two"), ("", "1")])
+def test_ranks_that_are_none_are_refused(rank, world_size, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    message = f"RANK, WORLD_SIZE: got '{rank}', '{world_size}', expected a rank from 0"
+    with pytest.raises(ValueError, match=message), join_processes("cpu", 60):
+        pass
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_missing_gpu_is_said():
     assert resolve_device("auto").type == "cpu"

@@ -174,10 +174,10 @@ def infer_unet_shape(weights: Mapping[str, Tensor]) -> UNetShape:
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, dimensions: int, network: str) -> torch.Size:
-    if name not in weights or weights[name].ndim != dimensions:
+    if name not in weights or weights[name].ndim != dimensions or 0 in weights[name].shape:
         found = list(weights[name].shape) if name in weights else "nothing"
         raise CheckpointError(
-            f"{name}: got {found}, expected the parameter of a {network}, with {dimensions} dimensions"
+            f"{name}: got {found}, expected the parameter of a {network}, with {dimensions} dimensions, none of them 0"
         )
     return weights[name].shape
 
