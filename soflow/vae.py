@@ -1,5 +1,6 @@
 """The variational autoencoder of Stable Diffusion, which makes latents of images and images of latents."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ class Vae:
         config = network.config
         self.channels: int = config.latent_channels
         self.reduction: int = 2 ** (len(config.block_out_channels) - 1)
+
+    def weights_sha256(self) -> str:
+        """Return the SHA-256 of names, shapes and values of all weights: a folder's or a hub's name says less."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

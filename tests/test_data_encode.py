@@ -1,5 +1,6 @@
 """Image folder to latents: what is written, and what happens to interruptions, other processes and bad files."""
 
+import copy
 import hashlib
 import json
 import os
@@ -36,9 +37,9 @@ def write_images(root: Path) -> Path:
     return root
 
 
-def encoder(tmp_path: Path, name: str = "latents", **settings: object) -> Encoder:
+def encoder(tmp_path: Path, name: str = "latents", vae: Vae | None = None, **settings: object) -> Encoder:
     chosen = EncodeSettings(**{"image_size": 16, "shard_bytes": 4 * SAMPLE_BYTES, **settings})
-    vae = Vae(tiny_vae.network(), "tiny", CPU)
+    vae = vae or Vae(tiny_vae.network(), "tiny", CPU)
     listing = list_images(tmp_path / "images")
     return Encoder(listing, tmp_path / name, vae, open_decoder("pillow", CPU, 2), chosen, CPU)
 
@@ -166,6 +167,21 @@ def test_another_plan_is_refused(tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(DataError, match=r"got a folder with other files in it"):
         encoder(tmp_path, "other")
+
+
+def test_another_vae_of_the_same_name_is_refused(tmp_path):
+    write_images(tmp_path / "images")
+    network = copy.deepcopy(tiny_vae.network())
+    with torch.no_grad():
+        network.encoder.conv_in.bias[0] += 1e-3
+    other = Vae(network, "tiny", CPU)
+    encoder(tmp_path)
+    with pytest.raises(DataError, match=r"unfinished folder of another plan .*vae_sha256"):
+        encoder(tmp_path, vae=other)
+    encoder(tmp_path).run(4, max_bad=0)
+    with pytest.raises(DataError, match=r"manifest.json: got a finished folder of other contents"):
+        encoder(tmp_path, vae=other)
+    assert LatentSource(tmp_path / "latents").describe()["vae_sha256"] == encoder(tmp_path).vae.weights_sha256()
 
 
 def test_crop_that_does_not_fit_the_vae_is_refused(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import tiny_vae
 import torch
 
-from soflow.vae import VaeError, load_vae
+from soflow.vae import Vae, VaeError, load_vae
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,18 @@ def test_latents_of_other_channels_are_refused_by_the_name_of_their_field(tmp_pa
     vae.require_channels("--vae", 4)
     with pytest.raises(VaeError, match=r"^--vae: got vae with latents of 4 channels, expected 8"):
         vae.require_channels("--vae", 8)
+
+
+def test_the_hash_of_its_weights_is_that_of_every_name_and_value(tmp_path):
+    vae = load_vae(str(tiny_vae.save(tmp_path)), CPU)
+    first = vae.weights_sha256()
+    assert Vae(tiny_vae.network(), "another name", CPU).weights_sha256() == first
+    for tensor in vae.network.state_dict().values():
+        value = tensor.flatten()[-1].clone()
+        tensor.view(-1)[-1] = value + 1
+        assert vae.weights_sha256() != first
+        tensor.view(-1)[-1] = value
+    assert vae.weights_sha256() == first
 
 
 def test_what_is_no_vae_is_refused(tmp_path):

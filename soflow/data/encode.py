@@ -59,13 +59,15 @@ class Encoder:
         sample_bytes = int(np.prod(shape)) * np.dtype(settings.dtype).itemsize
         self.copies = 2 if settings.flip else 1
         self.files_per_shard = max(1, settings.shard_bytes // (sample_bytes * self.copies))
+        vae_sha256 = vae.weights_sha256()
         remarks = {
             "encoder": vae.name,
+            "vae_sha256": vae_sha256,
             "crop": f"ADM {settings.image_size}",
             "flip": settings.flip,
             "classes": list(listing.classes),
         }
-        contents = f"{listing.fingerprint} {vae.name} {settings} {self.files_per_shard}"
+        contents = f"{listing.fingerprint} {vae_sha256} {settings} {self.files_per_shard}"
         self.writer = LatentWriter(
             root,
             Plan(
