@@ -215,6 +215,22 @@ def test_killed_encoding_goes_on(tmp_path):
     assert digests(folder) == digests(tmp_path / "whole")
 
 
+def test_two_encodings_of_one_folder_at_once_end_in_one_that_verifies(tmp_path):
+    """Batches of another size round otherwise: a shard, its hash and its labels must be of one of them."""
+    write_images(tmp_path / "images")
+    folder = tmp_path / "latents"
+    slow = encoder(tmp_path)
+    child = os.fork()
+    if child == 0:
+        done = slow.run(1, max_bad=0, progress=lambda files: time.sleep(0.1))
+        os._exit(0 if done == [] else 1)
+    assert encoder(tmp_path).run(4, max_bad=0) == []
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    LatentSource(folder).verify()
+    names = {path.name for path in folder.iterdir()}
+    assert names == {".lock", "labels.npy", "manifest.json", *(f"latents-0000{number}.npy" for number in range(3))}
+
+
 def test_the_commands_encode_and_inspect(tmp_path, capsys):
     write_images(tmp_path / "images")
     arguments = ["encode", tmp_path / "images", tmp_path / "latents", "--vae", tiny_vae.save(tmp_path), "--size", 16]

@@ -12,7 +12,7 @@ A folder of latents holds `manifest.json`, `labels.npy` and the shards `latents-
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,12 +22,13 @@ from soflow.data.source import DataError
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 MANIFEST_VERSION = 1
+_T = TypeVar("_T")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
     """One .npy file: its rows, its size in bytes and its SHA-256."""
 
-    count: Annotated[int, msgspec.Meta(ge=1)]
+    count: Annotated[int, msgspec.Meta(ge=0)]
     bytes: Annotated[int, msgspec.Meta(ge=1)]
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -35,7 +36,7 @@ class FileEntry(msgspec.Struct, frozen=True):
 class Manifest(msgspec.Struct, frozen=True):
     """The keys of manifest.json that a reader needs."""
 
-    n: int
+    n: Annotated[int, msgspec.Meta(ge=1)]
     num_classes: Annotated[int, msgspec.Meta(ge=1)]
     shape: tuple[
         Annotated[int, msgspec.Meta(ge=2, multiple_of=2)],
@@ -66,13 +67,10 @@ def read_manifest(root: Path) -> tuple[Manifest, bytes]:
             f"{path}: expected the manifest of a folder of latents, as soflow encode makes one of images and soflow "
             f"convert of the official HDF5 file, but: {error.strerror}"
         ) from error
-    try:
-        version = msgspec.json.decode(text, type=_Version).version
-        if version != MANIFEST_VERSION:
-            raise DataError(f"{path}: version: got {version}, expected {MANIFEST_VERSION}")
-        manifest = msgspec.json.decode(text, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path}: {error}") from error
+    version = decode_json(text, _Version, str(path)).version
+    if version != MANIFEST_VERSION:
+        raise DataError(f"{path}: version: got {version}, expected {MANIFEST_VERSION}")
+    manifest = decode_json(text, Manifest, str(path))
     for where, count in (
         ("labels.count", manifest.labels.count),
         ("the counts in shards", sum(shard.count for shard in manifest.shards)),
@@ -80,6 +78,14 @@ def read_manifest(root: Path) -> tuple[Manifest, bytes]:
         if count != manifest.n:
             raise DataError(f"{path}: {where}: got {count}, expected n, which is {manifest.n}")
     return manifest, text
+
+
+def decode_json(text: bytes, kind: type[_T], where: str) -> _T:
+    """Return JSON as a `kind`; DataError, whose message begins with `where`, for what is none."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def manifest_text(manifest: Manifest, remarks: dict[str, Any]) -> bytes:
