@@ -4,6 +4,7 @@ On a CPU both give the same bits, and accept the same files: DALI gets what Pill
 what DALI refuses Pillow tries. Neither turns an image as its EXIF orientation says, as the official recipe does not.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -90,3 +91,9 @@ def _suits_dali(content: bytes) -> bool:
             return image.format != "BMP"
     except DECODE_ERRORS:
         return False
+
+
+def _reason(error: Exception) -> str:
+    # Pillow names the file object by its address, which differs from call to call.
+    text = re.sub(" <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:300]
