@@ -1,10 +1,13 @@
 """The crop against Pillow, which is asked for one axis at a time: Pillow 12 then gives what it gives for both."""
 
+import tracemalloc
+
 import numpy as np
 import PIL
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow.data.crop import center_crop
 
@@ -47,6 +50,18 @@ def pixels(height: int, width: int) -> np.ndarray:
     return noise if width % 2 else np.where(noise > 127, 255, 0).astype(np.uint8)
 
 
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
 def test_crop_equals_pillow_on_240_sizes():
     sizes = cases(240)
     assert len(set(sizes)) >= 200
@@ -77,3 +92,24 @@ def test_crop_of_the_right_size_is_the_image():
 def test_crop_needs_no_contiguous_image():
     image = torch.from_numpy(pixels(40, 50))
     assert torch.equal(center_crop(image.flip(0), 16), center_crop(image.flip(0).contiguous(), 16))
+
+
+@pytest.mark.parametrize("shape", [(3000, 1), (1, 3000), (700, 16), (15, 700), (70, 2999), (2999, 70)])
+def test_crop_of_a_narrow_image_equals_pillow(shape):
+    image = pixels(*shape)
+    np.testing.assert_array_equal(center_crop(torch.from_numpy(image), 16).numpy(), adm_crop(image, 16))
+
+
+@pytest.mark.parametrize("shape", [(1_000_000, 1), (1, 1_000_000)])
+def test_crop_of_a_narrow_image_takes_no_more_memory_than_the_crop(shape):
+    image = torch.zeros((*shape, 3), dtype=torch.uint8)
+    tracemalloc.start()
+    try:
+        with LargestTensor() as largest:
+            crop = center_crop(image, 256)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert crop.shape == (256, 256, 3)
+    assert peak < 2**20
+    assert largest.elements <= 2 * 256 * 256 * 3
