@@ -9,6 +9,7 @@ from soflow.arguments import Command, command_parser, natural, positive
 
 DONE = 0
 MIB = 2**20
+MAX_SIDE = 8192
 
 
 def _encode_parser() -> argparse.ArgumentParser:
@@ -27,7 +28,7 @@ def _encode_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="folder of a diffusers AutoencoderKL, or its name on the hub (default stabilityai/sd-vae-ft-mse)",
     )
-    parser.add_argument("--size", type=positive, default=256, metavar="N", help="side of the crop (default 256)")
+    parser.add_argument("--size", type=_side, default=256, metavar="N", help="side of the crop (default 256)")
     parser.add_argument("--flip", action="store_true", help="encode the mirror image of every image too")
     _add_format(parser)
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images at once (default 32)")
@@ -113,9 +114,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
         None,
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="latents, HDF5 file, CIFAR-10 archive or image folder")
-    parser.add_argument(
-        "--size", type=positive, default=256, metavar="N", help="side of the crop of images (default 256)"
-    )
+    parser.add_argument("--size", type=_side, default=256, metavar="N", help="side of the crop of images (default 256)")
     parser.add_argument("--quick", action="store_true", help="do not read all of it")
     return parser
 
@@ -131,6 +130,13 @@ def _inspect(args: argparse.Namespace) -> int:
         source.verify()
     print(f"{'verified':<14}{'no' if args.quick else 'yes'}")
     return DONE
+
+
+def _side(text: str) -> int:
+    side = positive(text)
+    if side > MAX_SIDE:
+        raise argparse.ArgumentTypeError(f"got {side}, expected at most {MAX_SIDE}")
+    return side
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:

@@ -253,6 +253,13 @@ def test_the_commands_encode_and_inspect(tmp_path, capsys):
     assert "latents-00000.npy: got SHA-256" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("encode", "images", "latents"), ("inspect", "images")])
+def test_a_crop_too_large_for_any_memory_is_refused(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, "--size", "8193"])
+    assert "argument --size: got 8193, expected at most 8192" in capsys.readouterr().err
+
+
 def test_the_command_refuses_bad_files_with_their_list(tmp_path, capsys):
     write_images(tmp_path / "images")
     (tmp_path / "images" / "dog" / "09.png").write_bytes(b"")
