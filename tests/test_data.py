@@ -251,6 +251,8 @@ def test_missing_folder_is_refused(tmp_path: Path) -> None:
             r"latents-00000.npy: got .* float16, expected .* float32 \(manifest entry shards\[0\]\)",
         ),
         ({"shards": []}, r"at `\$.shards`"),
+        ({"num_classes": 10**12}, r"Expected `int` <= 1048576 - at `\$.num_classes`"),
+        ({"n": 0}, r"Expected `int` >= 1 - at `\$.n`"),
     ],
 )
 def test_manifest_that_contradicts_itself_or_the_files_is_refused(
@@ -265,6 +267,13 @@ def test_manifest_that_is_not_json_is_refused(tmp_path: Path) -> None:
     write_latents(tmp_path)
     (tmp_path / "manifest.json").write_text("{ not json")
     with pytest.raises(DataError, match=r"manifest.json: JSON is malformed"):
+        LatentSource(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b'{"version": 1, "more": ' + b"[" * 100_000])
+def test_damaged_manifest_is_named(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(DataError, match=r"manifest.json: "):
         LatentSource(tmp_path)
 
 
@@ -297,6 +306,27 @@ def test_file_that_is_no_array_is_refused(tmp_path: Path) -> None:
     write_latents(tmp_path)
     path = tmp_path / "latents-00000.npy"
     path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(DataError, match=r"latents-00000.npy: expected a .npy file of numbers \(manifest entry shards"):
+        LatentSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"(5, 8, 4, 4), ", b"(5, 8, 4, 4(, "),
+        (b"(5, 8, 4, 4), ", b"(9" + b"9" * 30 + b",),"),
+        (b"'<f2'", b"1(2) "),
+        (b"'shape'", b"9999999"),
+    ],
+)
+def test_array_with_a_damaged_header_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    write_latents(tmp_path)
+    path = tmp_path / "latents-00000.npy"
+    contents = path.read_bytes()
+    assert old in contents
+    damaged = contents.replace(old, new, 1)
+    # The length stays: spaces stand at the end of every header.
+    path.write_bytes(damaged.replace(b" " * (len(new) - len(old)) + b"\n", b"\n", 1))
     with pytest.raises(DataError, match=r"latents-00000.npy: expected a .npy file of numbers \(manifest entry shards"):
         LatentSource(tmp_path)
 

@@ -93,6 +93,7 @@ def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
         ({"latents": np.zeros((16, 8, 4, 4))}, "latents: got float64, expected float32 or float16"),
         ({"labels": np.arange(15)}, r"labels: got \(15,\) int64, expected \(16,\)"),
         ({"labels": np.arange(16) - 1}, "labels: label number 0 is -1, expected 0 to 1048575"),
+        ({"labels": np.arange(16) + 10**11}, "labels: label number 0 is 100000000000, expected 0 to 1048575"),
     ],
 )
 def test_file_that_contradicts_itself_is_refused(changes, message, tmp_path):
@@ -119,6 +120,13 @@ def test_label_out_of_range_is_refused(tmp_path):
     latent_folders.write_hdf5(tmp_path / "official.hdf5")
     with pytest.raises(DataError, match="label number 2 is 2, expected 0 to 1"):
         Hdf5Source(tmp_path / "official.hdf5", num_classes=2)
+
+
+def test_more_classes_than_a_manifest_may_name_are_refused_before_the_conversion(tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    Hdf5Source(tmp_path / "official.hdf5", num_classes=2**20)
+    with pytest.raises(DataError, match="labels: got 1048577 classes, expected at most 1048576"):
+        Hdf5Source(tmp_path / "official.hdf5", num_classes=2**20 + 1)
 
 
 def test_fingerprint_follows_the_contents(tmp_path: Path):

@@ -10,18 +10,31 @@ A folder of latents holds `manifest.json`, `labels.npy` and the shards `latents-
                     in the others, both as the VAE gives them (before the factor `LATENT_SCALE`)
 """
 
-import hashlib
+import tokenize
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
 
-from soflow.data.source import DataError
+from soflow.checkpoint.files import fingerprint
+from soflow.data.source import MAX_CLASSES, DataError
 
 MANIFEST = "manifest.json"
 LABELS = "labels.npy"
 MANIFEST_VERSION = 1
+# what numpy raises for a header that is damaged: it is parsed as Python
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    SyntaxError,
+    tokenize.TokenError,
+)
 _T = TypeVar("_T")
 
 
@@ -37,7 +50,7 @@ class Manifest(msgspec.Struct, frozen=True):
     """The keys of manifest.json that a reader needs."""
 
     n: Annotated[int, msgspec.Meta(ge=1)]
-    num_classes: Annotated[int, msgspec.Meta(ge=1)]
+    num_classes: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLASSES)]
     shape: tuple[
         Annotated[int, msgspec.Meta(ge=2, multiple_of=2)],
         Annotated[int, msgspec.Meta(ge=1)],
@@ -118,11 +131,7 @@ def check_hash(path: Path, where: str, entry: FileEntry) -> None:
 
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return str(fingerprint(path)["sha256"])
 
 
 def map_array(path: Path, entry: FileEntry, where: str) -> np.ndarray:
@@ -130,5 +139,5 @@ def map_array(path: Path, entry: FileEntry, where: str) -> np.ndarray:
     check_size(path, where, entry)
     try:
         return np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: expected a .npy file of numbers (manifest entry {where}), but: {error}") from error
