@@ -367,15 +367,15 @@ def test_changed_latents_are_found_by_verify(tmp_path: Path) -> None:
         LatentSource(tmp_path).verify()
 
 
-def test_shard_truncated_while_training_is_noticed_at_the_next_epoch(tmp_path: Path) -> None:
+def test_shard_truncated_while_training_is_noticed_before_it_is_read(tmp_path: Path) -> None:
     write_latents(tmp_path)
     source = LatentSource(tmp_path)
-    source.read(np.arange(8))
     path = tmp_path / "latents-00002.npy"
     with path.open("r+b") as file:
         file.truncate(200)
+    source.read(np.arange(8))
     with pytest.raises(DataError, match=r"latents-00002.npy: got 200 bytes"):
-        source.read(np.arange(8))
+        source.read(np.arange(8, 16))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

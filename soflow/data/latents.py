@@ -51,15 +51,13 @@ class LatentSource(Source):
         self._starts = np.cumsum([0] + [shard.count for shard in self.manifest.shards])
         self._shards = [self._open_shard(number) for number in range(len(self._files))]
         self.labels = self._open_labels()
-        self._reads_left = len(self)
 
     def gather(self, indices: np.ndarray, out: np.ndarray) -> None:
         """Write mean and standard deviation as stored, (B, 2 C, H, W), to `out`.
 
-        Raises DataError when a shard changed its size since it was opened (looked at once per epoch).
+        Raises DataError when a shard that is read changed its size since it was opened.
         """
         assert np.all((indices >= 0) & (indices < len(self))), f"sample numbers outside 0 .. {len(self) - 1}"
-        self._check_sizes_once_per_epoch(len(indices))
         # Sorted, and in one gather per shard: the fastest way to read a memory map, and it releases the GIL.
         positions = np.argsort(indices, kind="stable")
         ordered = indices[positions]
@@ -67,6 +65,8 @@ class LatentSource(Source):
         for number, shard in enumerate(self._shards):
             low, high = bounds[number], bounds[number + 1]
             if low < high:
+                # Reading a map beyond the end of a file that was truncated meanwhile kills the process (bus error).
+                check_size(self._files[number], f"shards[{number}]", self.manifest.shards[number])
                 out[positions[low:high]] = shard[ordered[low:high] - self._starts[number]]
 
     def moments(self, stored: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,11 +109,3 @@ class LatentSource(Source):
         labels = map_array(path, entry, "labels")
         check_hash(path, "labels", entry)
         return checked_labels(labels, self.manifest.n, self.num_classes, str(path))
-
-    def _check_sizes_once_per_epoch(self, reads: int) -> None:
-        # Reading a map beyond the end of a file that was truncated meanwhile kills the process (bus error).
-        self._reads_left -= reads
-        if self._reads_left <= 0:
-            self._reads_left = len(self)
-            for number, (path, entry) in enumerate(zip(self._files, self.manifest.shards, strict=True)):
-                check_size(path, f"shards[{number}]", entry)
