@@ -20,6 +20,7 @@ time says more than samples/s.
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -247,6 +248,10 @@ def main() -> int:
     parser.add_argument("--one", choices=LOADERS, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.samples < BATCH:
+        parser.error(f"--samples: got {args.samples}, expected at least a batch of {BATCH}")
+    if not 0 < args.seconds < math.inf:
+        parser.error(f"--seconds: got {args.seconds}, expected a number above 0")
     if args.one is not None:
         print(json.dumps(asdict(measure(args.one, args.root, torch.device(args.device), args.seconds))))
         return 0

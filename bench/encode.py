@@ -88,6 +88,8 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     args = parser.parse_args()
+    if args.images < 1:
+        parser.error(f"--images: got {args.images}, expected at least 1")
     torch.set_num_threads(1)
     device, contents = torch.device(args.device), make_images(args.images)
     found = ways(device)

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import pytest
 import torch
 
 from bench import data, encode
@@ -36,3 +37,19 @@ def test_decoding_is_compared_with_pillow(tmp_path, monkeypatch, capsys):
     # 500 x 375 is wide: there Pillow 13 computes as Pillow 12 does
     assert figures["largest_difference"] == 0
     assert "crops differ by at most 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("bench", "option", "value", "expected"),
+    [
+        (data, "--samples", "100", "--samples: got 100, expected at least a batch of 256"),
+        (data, "--seconds", "0", "--seconds: got 0.0, expected a number above 0"),
+        (data, "--seconds", "nan", "--seconds: got nan, expected a number above 0"),
+        (encode, "--images", "0", "--images: got 0, expected at least 1"),
+    ],
+)
+def test_what_measures_nothing_is_refused(bench, option, value, expected, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
+    assert expected in capsys.readouterr().err
