@@ -283,6 +283,37 @@ def test_other_data_sets_are_inspected(tmp_path, capsys):
     assert "nothing: expected a data set, but: no such file or folder" in capsys.readouterr().err
 
 
+def test_an_unfinished_folder_is_inspected_as_one(tmp_path, capsys):
+    write_images(tmp_path / "images")
+    assert encoder(tmp_path).run(4, max_bad=0, rank=0, world_size=2) is None
+    assert main(["inspect", str(tmp_path / "latents")]) == 2
+    assert "latents: got an unfinished folder of latents, expected manifest.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def with_tf32():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("with_tf32")
+def test_the_command_encodes_without_tf32(tmp_path, monkeypatch):
+    write_images(tmp_path / "images")
+    encode, seen = Vae.encode, set()
+
+    def watched(self, images):
+        seen.add((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+        return encode(self, images)
+
+    monkeypatch.setattr(Vae, "encode", watched)
+    arguments = ["encode", tmp_path / "images", tmp_path / "latents", "--vae", tiny_vae.save(tmp_path), "--size", 16]
+    assert main(list(map(str, [*arguments, "--device", "cpu"]))) == 0
+    assert seen == {(False, False)}
+
+
 def test_the_command_converts(tmp_path, capsys):
     latent_folders.write_hdf5(tmp_path / "official.hdf5")
     assert main(["convert", str(tmp_path / "official.hdf5"), str(tmp_path / "ours"), "--classes", "5"]) == 0

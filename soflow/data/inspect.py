@@ -7,7 +7,7 @@ import torch
 from soflow.config import DataConfig
 from soflow.data.cifar10 import PUBLISHED_SHA256
 from soflow.data.image_folder import shorten
-from soflow.data.latent_writer import read_bad_files
+from soflow.data.latent_writer import PLAN, read_bad_files
 from soflow.data.manifest import MANIFEST
 from soflow.data.source import DataError, Source
 
@@ -19,6 +19,10 @@ def guess_config(path: Path, image_size: int) -> DataConfig:
     """
     if (path / MANIFEST).is_file():
         return DataConfig(source="latents", root=str(path))
+    if (path / PLAN).is_file():
+        raise DataError(
+            f"{path}: got an unfinished folder of latents, expected {MANIFEST}: finish it by the same command"
+        )
     if path.suffix in (".hdf5", ".h5") or (path.is_dir() and any(path.glob("*.hdf5"))):
         return DataConfig(source="hdf5", root=str(path))
     unpacked = ("cifar-10-batches-bin", "cifar-10-batches-py")
