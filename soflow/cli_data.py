@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from soflow.arguments import Command, command_parser, natural, positive
+from soflow.config import OFFICIAL_VAE
 
 DONE = 0
 MIB = 2**20
@@ -18,15 +19,15 @@ def _encode_parser() -> argparse.ArgumentParser:
         "Encode a folder of images, one folder per class, to the latents of a VAE, which `soflow train` reads with "
         "data.source=latents. Every image is cropped as ADM does. A call that was interrupted goes on when it is given "
         "again. Several processes: torchrun --nproc-per-node N -m soflow.cli encode ...",
-        "example:\n  soflow encode imagenet/train latents --vae stabilityai/sd-vae-ft-mse",
+        f"example:\n  soflow encode imagenet/train latents --vae {OFFICIAL_VAE}",
     )
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder with a folder of images per class")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder to write, new or unfinished")
     parser.add_argument(
         "--vae",
-        default="stabilityai/sd-vae-ft-mse",
+        default=OFFICIAL_VAE,
         metavar="NAME",
-        help="folder of a diffusers AutoencoderKL, or its name on the hub (default stabilityai/sd-vae-ft-mse)",
+        help=f"folder of a diffusers AutoencoderKL, or its name on the hub (default {OFFICIAL_VAE})",
     )
     parser.add_argument("--size", type=_side, default=256, metavar="N", help="side of the crop (default 256)")
     parser.add_argument("--flip", action="store_true", help="encode the mirror image of every image too")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+# the autoencoder of the paper's latents
+OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"
 # the relative width of a power-function profile of exponent 0, a plain mean
 MAX_SIGMA_REL = 12**-0.5
 Sampler = Literal["renoise", "chain", "euler", "heun"]

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate
-from soflow.config import VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
+from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
 from soflow.images import IMAGE_CHANNELS
-from soflow.vae import OFFICIAL_VAE
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from soflow.data.latents import LATENT_SCALE
 
-OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"
 # the decoder takes a hundred times the memory of its latents
 DECODED_AT_ONCE = 8
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 
 from soflow.checkpoint import CheckpointError
 from soflow.cli import main
-from soflow.config import FlowConfig, NetworkConfig
+from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
 from soflow.distributed import Processes
 from soflow.export import Trained, read_export, write_export
 from soflow.kernels import reference
 from soflow.run_folder import build_flow, load_flow
 from soflow.trainer import Trainer
-from soflow.vae import OFFICIAL_VAE
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_checkpoint_tiny.pt"
 
