@@ -46,7 +46,8 @@ def _decode_by_pillow(content: bytes) -> Tensor | str:
     try:
         return torch.from_numpy(decode_image(content))
     except DECODE_ERRORS as error:
-        text = " ".join(str(error).split())
+        # Pillow names the file object by its address, which differs from call to call.
+        text = re.sub(" <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
         return f"{type(error).__name__}: {text}"[:300]
 
 
@@ -91,9 +92,3 @@ def _suits_dali(content: bytes) -> bool:
             return image.format != "BMP"
     except DECODE_ERRORS:
         return False
-
-
-def _reason(error: Exception) -> str:
-    # Pillow names the file object by its address, which differs from call to call.
-    text = re.sub(" <[^>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
-    return f"{type(error).__name__}: {text}"[:300]
