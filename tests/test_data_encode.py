@@ -134,7 +134,7 @@ def test_bad_files_are_listed_and_counted(tmp_path):
     lines = (tmp_path / "latents" / "bad_files.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == ["cat/03.png", "dog/08.png"]
     assert all(json.loads(line)["reason"] for line in lines)
-    assert json.loads(lines[0])["reason"] == "UnidentifiedImageError: cannot identify image file"
+    assert json.loads(lines[0])["reason"] == "ValueError: the file is none of BMP, JPEG, PNG, WEBP"
     # What was encoded is kept: a larger limit finishes the folder at once.
     assert len(encoder(tmp_path).run(3, max_bad=2)) == 2
     source = LatentSource(tmp_path / "latents")
