@@ -54,6 +54,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, tree)
     for name in ("soflow", "kernels", "csrc"):
         shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in tree.rglob("*"):  # a wheel keeps the modes of its files, which are those of whoever made the checkout
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return tree
 
 
