@@ -75,7 +75,7 @@ def flat(*makers: Callable[[torch.Generator], Tensor | list[Tensor]]) -> Make:
 
 
 def small(make: Callable[[torch.Generator], Any], size: float = 1e-3) -> Callable[[torch.Generator], Any]:
-    """The same, a thousand times smaller: a difference."""
+    """The same, a thousand times smaller: a difference.  size: or of another size."""
 
     def scaled(generator: torch.Generator) -> Any:
         made = make(generator)
@@ -122,10 +122,23 @@ def attention_cases(B: int, T: int, num_heads: int, head_dim: int) -> list[Case]
     ]
 
 
-def large_difference_case(B: int, T: int, num_heads: int, head_dim: int) -> Case:
-    """Scores that move by hundreds, beyond what an exponential holds: other keys are attended to."""
+def large_difference_case(B: int, T: int, num_heads: int, head_dim: int, size: float = 1.0) -> Case:
+    """Scores that move by hundreds, beyond what an exponential holds: other keys are attended to.
+
+    size: of qkv; 30 takes scores of hundreds, whose probabilities are 0 or 1, to others like them.
+    """
     qkv = randn(B, T, 3 * num_heads * head_dim)
-    return Case("attention_difference", (B, T, num_heads, head_dim), flat(qkv, small(qkv, 30.0)), (num_heads,))
+    make = flat(small(qkv, size), small(qkv, 30.0))
+    return Case("attention_difference", (B, T, num_heads, head_dim), make, (num_heads,))
+
+
+def large_activation_cases(size: float, *shape: int) -> list[Case]:
+    """Differences as large as the activations themselves, or larger."""
+    x, bias = randn(*shape), randn(shape[-1])
+    return [
+        Case("gelu_difference", shape, flat(x, small(x, size), bias)),
+        Case("silu_difference", shape, flat(x, small(x, size))),
+    ]
 
 
 def point_cases(B: int, M: int, *image: int) -> list[Case]:
@@ -158,12 +171,16 @@ SMALL = [
     *activation_cases(1, 1),
     *activation_cases(131, 7),
     *activation_cases(5, 515),
+    *large_activation_cases(1.0, 4, 600),
+    *large_activation_cases(10.0, 4, 600),
     *attention_cases(2, 3, 2, 4),
     *attention_cases(1, 1, 1, 8),
     *attention_cases(2, 16, 2, 16),
     *attention_cases(1, 67, 1, 20),
     *attention_cases(1, 130, 2, 72),
     large_difference_case(2, 20, 2, 16),
+    large_difference_case(1, 67, 1, 20),
+    large_difference_case(1, 20, 1, 16, 30.0),
     *point_cases(5, 2, 3, 7),
     *point_cases(1, 1, 1),
     *point_cases(3, 3, 2, 5, 5),

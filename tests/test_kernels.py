@@ -9,15 +9,27 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_cases import EMPTY, SMALL, Case, assert_as_precise, check_step, norm_cases, parametrize
+from kernel_cases import (
+    EMPTY,
+    SMALL,
+    Case,
+    assert_as_precise,
+    check_step,
+    chunks,
+    norm_cases,
+    parametrize,
+    point_cases,
+    randn,
+)
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
+import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from bench import resources  # noqa: E402
 from soflow import kernels  # noqa: E402
-from soflow.kernels import library, reference  # noqa: E402
+from soflow.kernels import library, math, reference  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU")
 
@@ -97,6 +109,12 @@ def test_partial_sums_over_slabs(B, interpreted, monkeypatch):
         check(case, interpreted, case.inputs(torch.float32, "cpu"))
 
 
+def test_loss_sums_more_rows_than_a_block(interpreted, monkeypatch):
+    monkeypatch.setattr(kernels.loss, "BLOCK_B", 2)
+    case = next(case for case in point_cases(5, 2, 3) if case.op == "solution_loss")
+    check(case, interpreted, case.inputs(torch.float32, "cpu"))
+
+
 def test_look_ahead_without_conditional_rows(interpreted):
     generator = torch.Generator().manual_seed(0)
     v_t, v_uncond = torch.randn(2, 5, 3, 4, generator=generator)
@@ -111,7 +129,7 @@ def test_look_ahead_without_conditional_rows(interpreted):
 @pytest.mark.parametrize("num", [1, 3, 4, 37, 1030])
 @pytest.mark.parametrize("op", ["uniform", "normal"])
 def test_random_numbers_are_those_of_the_reference(op, num, interpreted):
-    seed, step, sample = torch.tensor(2**40 + 5), torch.tensor(7), torch.tensor([0, 3, 2**31, 11])
+    seed, step, sample = torch.tensor(2**40 + 5), torch.tensor(2**17 + 7), torch.tensor([0, 3, 2**31, 11])
     ours, theirs = (getattr(ops, op)(seed, step, 3, sample, num) for ops in (interpreted, reference))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
 
@@ -119,8 +137,9 @@ def test_random_numbers_are_those_of_the_reference(op, num, interpreted):
 @pytest.mark.parametrize("has_std", [True, False])
 def test_draw_is_that_of_the_reference_however_split(has_std, interpreted):
     generator = torch.Generator().manual_seed(0)
-    mean, std = torch.randn(2, 6, 2, 3, 5, generator=generator)
-    keys = torch.tensor(9), torch.tensor(4), torch.arange(6)
+    mean, std = torch.randn(2, 6, 2, 3, 200, generator=generator)
+    assert mean[0].numel() > 4 * kernels.point.BLOCK_WORDS, "more than one program per sample"
+    keys = torch.tensor(9), torch.tensor(2**17 + 7), torch.arange(6)
     arguments = (mean, std if has_std else None, *keys)
     ours, theirs = (ops.draw(*arguments) for ops in (interpreted, reference))
     for a, b in zip(ours, theirs, strict=True):
@@ -137,6 +156,107 @@ def test_whole_step_is_as_precise_as_eager(half, interpreted):
 @parametrize([*norm_cases(2, 3, 24), *norm_cases(3, 5, 100, torch.float16)])
 def test_float16_is_rounded_once(case, interpreted):
     check(case, interpreted, case.inputs(torch.float16, "cpu"))
+
+
+def test_norm_of_the_residual_stream_as_stored(interpreted):
+    """Backward, and the other evaluation, see the rounded stream alone."""
+    x, y, dx, dy = (randn(2, 3, 24)(torch.Generator().manual_seed(i)).half() for i in range(4))
+    gate, shift, scale, dgate, dshift, dscale = chunks(6, 2, 24)(torch.Generator().manual_seed(4))
+    modulation = gate.half(), shift.half(), scale.half()
+    z, h = interpreted.gate_residual_norm(x, y, *modulation, 1e-6, torch.float32)
+    assert torch.equal(h, interpreted.modulated_norm(z, *modulation[1:], 1e-6, torch.float32))
+    moved = dgate.half(), dshift.half(), dscale.half()
+    dz, dh = interpreted.gate_residual_norm_difference(
+        y, modulation[0], z, modulation[2], dx, dy, *moved, 1e-6, torch.float32
+    )
+    assert torch.equal(dh, interpreted.modulated_norm_difference(z, dz, modulation[2], *moved[1:], 1e-6, torch.float32))
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions of the kernels
+
+N = 4096
+
+
+@triton.jit
+def _math_kernel(x_ptr, dx_ptr, out_ptr, N: tl.constexpr, WHAT: tl.constexpr):
+    cols = tl.arange(0, N)
+    x, dx = tl.load(x_ptr + cols), tl.load(dx_ptr + cols)
+    if WHAT == "expm1":
+        a, b = math.expm1(x), x
+    elif WHAT == "log1p":
+        a, b = math.log1p(x), x
+    elif WHAT == "sigmoid":
+        a, b = math.sigmoid(x), x
+    elif WHAT == "sigmoid_derivative":
+        a, b = math.sigmoid_derivative(x)
+    else:
+        a, b = math.sigmoid_difference(x, dx)
+    tl.store(out_ptr + cols, a)
+    tl.store(out_ptr + N + cols, b)
+
+
+def computed(what: str, x: torch.Tensor, dx: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty(2, N)
+    _math_kernel[(1,)](x, x if dx is None else dx, out, N=N, WHAT=what)
+    first, second = out.double()
+    return first, second
+
+
+def numbers(size: float, seed: int = 0) -> torch.Tensor:
+    return size * torch.randn(N, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_relative(ours: torch.Tensor, exact: torch.Tensor, units: float = 4) -> None:
+    """Every element to within `units` roundings of itself, and where float32 holds no such number, of the smallest."""
+    error = (ours - exact).abs()
+    assert (error <= units * torch.finfo(torch.float32).eps * exact.abs() + torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 0.5, 1.0, 5.0])
+def test_expm1_and_log1p_are_precise_relative_to_themselves(size):
+    x = numbers(size)
+    assert_relative(computed("expm1", x)[0], torch.expm1(x.double()))
+    x = x.clamp(-0.5, 0.5)
+    assert_relative(computed("log1p", x)[0], torch.log1p(x.double()))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0])
+def test_sigmoid_and_its_derivative(size):
+    x = numbers(size)
+    exact = torch.sigmoid(x.double())
+    assert_relative(computed("sigmoid", x)[0], exact)
+    s, ds = computed("sigmoid_derivative", x)
+    assert_relative(s, exact)
+    assert_relative(ds, exact * torch.sigmoid(-x.double()), 8)
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-3, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("size", [1.0, 10.0])
+def test_sigmoid_difference_is_precise_relative_to_itself(size, gap):
+    x, dx = numbers(size), numbers(gap, 1)
+    moved, difference = computed("sigmoid_difference", x, dx)
+    x, dx = x.double(), dx.double()
+    # sigmoid(x + dx) - sigmoid(x), where nothing cancels
+    exact = torch.sinh(dx / 2) / (2 * torch.cosh(x / 2) * torch.cosh((x + dx) / 2))
+    # the sum x + dx is rounded: a relative error of its own size in the exponentials
+    units = 4 + 2 * (size + gap) * 4
+    assert_relative(moved, torch.sigmoid(x + dx), units)
+    assert_relative(difference, exact, units)
+
+
+def test_far_out_sigmoids_stay_finite():
+    """Where exp overflows: the numbers are 0 or 1, the differences and derivatives of them no NaN."""
+    x = torch.tensor([-1e4, -200.0, -89.0, 89.0, 200.0, 1e4]).repeat(N)[:N]
+    far = (x > 0).double()
+    for what in ("sigmoid", "sigmoid_derivative"):
+        torch.testing.assert_close(computed(what, x)[0], far, rtol=0, atol=1e-30)
+    assert computed("sigmoid_derivative", x)[1].abs().max() < 1e-30
+    for dx in (-x, -2 * x, torch.zeros(N), torch.full((N,), 1e-3)):
+        moved, difference = computed("sigmoid_difference", x, dx)
+        expected = torch.sigmoid(x.double() + dx.double())
+        torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-30)
+        torch.testing.assert_close(difference, expected - torch.sigmoid(x.double()), rtol=1e-6, atol=1e-30)
 
 
 # --------------------------------------------------------------------------------------------------
