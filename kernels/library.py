@@ -18,11 +18,24 @@ def register(
     """Define soflow::`schema` and return the op: `launch` runs on CUDA, `cpu` elsewhere, `fake` makes shapes."""
     name = schema.partition("(")[0]
     library.define(schema)
-    library.impl(name, launch, "CUDA")
+    library.impl(name, on_its_device(launch), "CUDA")
     library.impl(name, cpu, "CPU")
     torch.library.register_fake(f"soflow::{name}", fake, lib=library)
     op: Callable[..., Any] = getattr(torch.ops.soflow, name).default
     return op
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `launch` with the device of its first tensor made current: Triton launches on that one alone."""
+
+    def launch_there(*arguments: Any) -> Any:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        if device.index == torch.cuda.current_device():
+            return launch(*arguments)
+        with torch.cuda.device(device):
+            return launch(*arguments)
+
+    return launch_there
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

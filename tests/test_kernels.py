@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -21,6 +23,7 @@ from kernel_cases import (
     point_cases,
     randn,
 )
+from torch._subclasses import FakeTensorMode
 
 triton = pytest.importorskip("triton", reason="needs Triton")
 
@@ -340,6 +343,39 @@ def test_opcheck(name):
 def test_every_op_is_checked():
     defined = {key.partition("::")[2] for key in library.library._op_defs}
     assert defined == set(OPS)
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stands in for GPUs, of which the first is current: what is made current, and "end" when it is left."""
+    events: list[str] = []
+
+    @contextmanager
+    def device(target: torch.device) -> Iterator[None]:
+        events.append(str(target))
+        yield
+        events.append("end")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    return events
+
+
+@pytest.mark.parametrize(("index", "expected"), [(0, ["launch"]), (1, ["cuda:1", "launch", "end"])])
+def test_the_device_of_the_tensors_is_current(index, expected, devices):
+    """Triton launches on the current device; where that is the right one already nothing is changed."""
+    with FakeTensorMode():
+        x = torch.empty(3, device=f"cuda:{index}")
+    launch = library.on_its_device(lambda *arguments: devices.append("launch") or arguments)
+    assert launch(2, x, None) == (2, x, None)
+    assert devices == expected
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_launch_is_on_the_device_of_its_tensors(name, devices):
+    op = getattr(torch.ops.soflow, name).default
+    op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *op_arguments(name))
+    assert devices == ["cpu", "end"]
 
 
 @parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7), (2, 3, 2, 4)) and case.gradients])
