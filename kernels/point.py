@@ -166,9 +166,14 @@ def _launch_normal(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num:
     return out
 
 
+def _drawn(mean: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    x_0, x_1 = (torch.empty(mean.shape, device=mean.device, dtype=torch.float32) for _ in range(2))
+    return x_0, x_1
+
+
 def _launch_draw(mean: Tensor, std: Tensor, seed: Tensor, step: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = mean.contiguous(), std.contiguous()
-    x_0, x_1 = torch.empty_like(mean), torch.empty_like(mean)
+    x_0, x_1 = _drawn(mean)
     if mean.numel():
         N = mean[0].numel()
         _draw_kernel[(len(mean), triton.cdiv(N, 4 * BLOCK_WORDS))](
@@ -245,7 +250,7 @@ _draw = register(
     "draw(Tensor mean, Tensor std, Tensor seed, Tensor step, Tensor sample) -> (Tensor, Tensor)",
     _launch_draw,
     reference.draw,
-    lambda mean, std, seed, step, sample: _fake_pair(mean),
+    _drawn,
 )
 _interpolate = register(
     "interpolate(Tensor x_0, Tensor x_1, Tensor alpha_t, Tensor beta_t, Tensor dalpha_t, Tensor dbeta_t)"
@@ -293,7 +298,7 @@ def draw(mean: Tensor, std: Tensor | None, seed: Tensor, step: Tensor, sample: T
     check("draw", sample.device, mean=(mean, (len(sample), *mean.shape[1:])))
     if std is None:
         num = mean[0].numel() if mean.numel() else 0
-        return mean, _normal(seed, step, NOISE_STREAM, sample, num).view(mean.shape)
+        return mean.float(), _normal(seed, step, NOISE_STREAM, sample, num).view(mean.shape)
     check("draw", mean.device, std=(std, tuple(mean.shape)))
     return _draw(mean, std, seed, step, sample)
 

@@ -118,13 +118,13 @@ def normal(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num: int) ->
 def draw(mean: Tensor, std: Tensor | None, seed: Tensor, step: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
     """Return data x_0 = mean + std * z and noise x_1, (B, C, H, W) fp32, drawn for (seed, step, sample).
 
-    mean, std: (B, C, H, W) fp32, moments of a latent's posterior; std None takes x_0 = mean.
+    mean, std: (B, C, H, W) of any float dtype, moments of a latent's posterior; std None takes x_0 = mean.
     """
     num = mean[0].numel() if mean.numel() else 0
     x_1 = normal(seed, step, NOISE_STREAM, sample, num).view(mean.shape)
     if std is None:
-        return mean, x_1
-    return mean + std * normal(seed, step, POSTERIOR_STREAM, sample, num).view(mean.shape), x_1
+        return mean.float(), x_1
+    return (mean + std * normal(seed, step, POSTERIOR_STREAM, sample, num).view(mean.shape)).float(), x_1
 
 
 def interpolate(

@@ -151,6 +151,18 @@ def test_draw_is_that_of_the_reference_however_split(has_std, interpreted):
     assert all(torch.equal(a, b[4:]) for a, b in zip(part, ours, strict=True))
 
 
+@pytest.mark.parametrize("has_std", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_draws_are_float32_whatever_the_moments(dtype, has_std, interpreted):
+    mean, std = randn(2, 6, 2, 3)(torch.Generator().manual_seed(0)).to(dtype)
+    keys = torch.tensor(9), torch.tensor(4), torch.arange(6)
+    exact = reference.draw(mean.float(), std.float() if has_std else None, *keys)
+    for ops in (interpreted, reference):
+        for a, b in zip(ops.draw(mean, std if has_std else None, *keys), exact, strict=True):
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
+
+
 @pytest.mark.parametrize("half", [None, torch.float16])
 def test_whole_step_is_as_precise_as_eager(half, interpreted):
     check_step(interpreted, "cpu", (4, 2, 2, 24, 2, 2, 5), half)
@@ -338,6 +350,13 @@ def test_opcheck(name):
     torch.library.opcheck(
         getattr(torch.ops.soflow, name).default, op_arguments(name), test_utils=("test_schema", "test_faketensor")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_of_other_moments(dtype):
+    mean, std, *keys = op_arguments("draw")
+    op = torch.ops.soflow.draw.default
+    torch.library.opcheck(op, (mean.to(dtype), std.to(dtype), *keys), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_every_op_is_checked():
