@@ -20,6 +20,9 @@ from soflow.kernels.math import expm1, log1p
 from soflow.kernels.self_attention import check_packed, load_block, store_block
 from soflow.kernels.tuning import MAX_HEAD_DIM, attention_difference_launch
 
+# P and dP times this, a power of two, enter their products: float16 holds no small dP, and both are at most 1
+PROBABILITY_SCALE = tl.constexpr(32768.0)
+
 
 @triton.jit
 def _sum(a, b):
@@ -61,9 +64,9 @@ def _moved_values(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """What one block of keys adds to do = dP (v + dv) + P dv."""
+    """What one block of keys adds to do = dP (v + dv) + P dv, times PROBABILITY_SCALE."""
     S -= row_max[:, None]
-    factor = (1.0 / normaliser)[:, None]
+    factor = (1.0 / normaliser * PROBABILITY_SCALE)[:, None]
     P = tl.exp(S) * factor
     g = dS - lz[:, None]
     dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S + g) * factor - P)
@@ -122,7 +125,7 @@ def _attention_difference_kernel(
             keys = first + tl.arange(0, BLOCK_T)
             S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
             do += _moved_values(S, dS, row_max, normaliser, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D)
-    store_block(do_ptr, 0, 1, do, queries, T, H, HEAD_DIM, BLOCK_D)
+    store_block(do_ptr, 0, 1, do * (1.0 / PROBABILITY_SCALE), queries, T, H, HEAD_DIM, BLOCK_D)
 
 
 def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:

@@ -18,10 +18,12 @@ from kernel_cases import (
     assert_as_precise,
     check_step,
     chunks,
+    flat,
     norm_cases,
     parametrize,
     point_cases,
     randn,
+    small,
 )
 from torch._subclasses import FakeTensorMode
 
@@ -185,6 +187,15 @@ def test_norm_of_the_residual_stream_as_stored(interpreted):
         y, modulation[0], z, modulation[2], dx, dy, *moved, 1e-6, torch.float32
     )
     assert torch.equal(dh, interpreted.modulated_norm_difference(z, dz, modulation[2], *moved[1:], 1e-6, torch.float32))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("T", [64, 100])
+def test_small_differences_of_attention_in_float16(T, size, interpreted):
+    """Probabilities of a difference lie below what float16 holds: they enter their product scaled."""
+    qkv = randn(1, T, 3 * 64)
+    case = Case("attention_difference", (1, T, 1, 64), flat(qkv, small(qkv, size)), (1,))
+    check(case, interpreted, case.inputs(torch.float16, "cpu"))
 
 
 # --------------------------------------------------------------------------------------------------
