@@ -37,9 +37,12 @@ def _store_modulated_norm(x, shift, scale, h_ptr, mean_ptr, rstd_ptr, row, cols,
 
 
 @triton.jit
-def _norm_backward(x, mean, rstd, dh, factor, mask, D: tl.constexpr):
-    """The normed row, and the gradient that reaches it through LayerNorm + modulate; factor = 1 + scale."""
-    normed = tl.where(mask, (x - mean) * rstd, 0.0)
+def _norm_backward(x, mean, rstd, dh, factor, D: tl.constexpr):
+    """The normed row, and the gradient that reaches it through LayerNorm + modulate; factor = 1 + scale.
+
+    Both hold anything beyond D, where dh is 0.
+    """
+    normed = (x - mean) * rstd
     dnormed = dh * factor
     mean_dnormed = tl.sum(dnormed, axis=0) * (1.0 / D)
     mean_product = tl.sum(dnormed * normed, axis=0) * (1.0 / D)
@@ -132,7 +135,7 @@ def _modulated_norm_bwd_kernel(
         row = sample * T + token
         x = load_row(x_ptr, row * D + cols, mask)
         dh = load_row(dh_ptr, row * D + cols, mask)
-        normed, dx = _norm_backward(x, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
+        normed, dx = _norm_backward(x, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, D)
         dshift += dh
         dscale += dh * normed
         tl.store(dx_ptr + row * D + cols, dx, mask=mask)
@@ -177,7 +180,7 @@ def _gate_residual_norm_bwd_kernel(
         row = sample * T + token
         z = load_row(z_ptr, row * D + cols, mask)
         dh = load_row(dh_ptr, row * D + cols, mask)
-        normed, dz = _norm_backward(z, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, mask, D)
+        normed, dz = _norm_backward(z, tl.load(mean_ptr + row), tl.load(rstd_ptr + row), dh, factor, D)
         dshift += dh
         dscale += dh * normed
         dx = load_row(dz_ptr, row * D + cols, mask) + dz

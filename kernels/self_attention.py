@@ -1,8 +1,8 @@
 """Self-attention on packed qkv, forward and backward: no permutes, no copies, nothing of size T x T.
 
 qkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), d up to 128.  o: (B, T, H d).  lse: (B, H, T) fp32, the
-logarithm of each query's normaliser.  Products take their inputs in the dtype of qkv and sum in fp32; scores and the
-softmax are fp32.
+logarithm to base 2 of each query's normaliser: a GPU's exponential is one of base 2.  Products take their inputs in the
+dtype of qkv and sum in fp32; scores and the softmax are fp32.
 
 Forward: a program owns a block of queries of one head and walks the keys once, with a running maximum. Backward for few
 tokens: one program per head holds them all, every product is made once. For more: a program per block of keys walks the
@@ -19,6 +19,8 @@ from torch import Tensor
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, register
 from soflow.kernels.tuning import attention_bwd_launch, attention_is_fused, attention_launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -62,8 +64,7 @@ def _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.c
     do = load_block(do_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
     o = load_block(o_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
-    # beyond T: exp(S - inf) = 0
-    lse = tl.load(lse_ptr + _head(H) * T + queries, mask=queries < T, other=float("inf"))
+    lse = tl.load(lse_ptr + _head(H) * T + queries, mask=queries < T, other=0.0)
     q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     return q, do, lse, delta
 
@@ -71,8 +72,8 @@ def _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.c
 @triton.jit
 def _probabilities(q, k, lse, keys, T, scale):
     """P of a block of queries and keys; 0 for keys beyond T."""
-    S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    return tl.where(keys[None, :] < T, tl.exp(S - lse[:, None]), 0.0)
+    S = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+    return tl.where(keys[None, :] < T, tl.exp2(S - lse[:, None]), 0.0)
 
 
 @triton.jit
@@ -103,17 +104,17 @@ def _attention_fwd_kernel(
         keys = first + tl.arange(0, BLOCK_T)
         k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
         v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        S = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         S = tl.where(keys[None, :] < T, S, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(S, axis=1))
-        shrink = tl.exp(row_max - new_max)
-        P = tl.exp(S - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+        P = tl.exp2(S - new_max[:, None])
         normaliser = normaliser * shrink + tl.sum(P, axis=1)
         o = o * shrink[:, None] + tl.dot(P.to(v.dtype), v, input_precision="ieee")
         row_max = new_max
-    store_block(o_ptr, 0, 1, o / normaliser[:, None], queries, T, H, HEAD_DIM, BLOCK_D)
+    store_block(o_ptr, 0, 1, o * (1.0 / normaliser)[:, None], queries, T, H, HEAD_DIM, BLOCK_D)
     lse_offs = _head(H) * T + queries
-    tl.store(lse_ptr + lse_offs, row_max + tl.log(normaliser), mask=queries < T)
+    tl.store(lse_ptr + lse_offs, row_max + tl.log2(normaliser), mask=queries < T)
 
 
 @triton.jit
@@ -270,7 +271,7 @@ def _wide_heads(packed: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 def _attention_fwd_cpu(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     q, k, _ = _wide_heads(qkv, num_heads)
     S = q @ k.mT * q.shape[-1] ** -0.5
-    return reference.attention(qkv, num_heads).contiguous(), S.logsumexp(-1).float()
+    return reference.attention(qkv, num_heads).contiguous(), (S.logsumexp(-1) * LOG2_E.value).float()
 
 
 def _attention_bwd_cpu(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_heads: int) -> Tensor:
