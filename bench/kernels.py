@@ -5,7 +5,8 @@
 Needs a GPU. A row per op and shape: milliseconds of the fused op, of the reference run eagerly and of the reference
 compiled, forward and forward + backward, captured and measured by turns in one run (median, cold L2), and the GB/s of
 the fused op for the bytes it must move at least, also as a fraction of what a copy reaches on this GPU. An op whose
-result is not that of the reference is not timed, and the exit code is 1.
+result is not that of the reference is not timed, and the exit code is 1. `uniform` and `normal` have no row: what they
+compute is half of `draw`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from soflow.kernels import reference
 
 # a fused op is compared with the reference in bf16: this many units of rounding of its largest value
 ROUNDING_UNITS = 8
+PIXELS = (128, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,18 @@ def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Worklo
         Workload("gelu", shape, (wide, bias), (0, 1), 4 * wide.numel(), 6 * wide.numel()),
         Workload("attention_difference", shape, (qkv, 1e-3 * qkv, num_heads), (), 14 * few, 0),
         Workload("gelu_difference", shape, (wide_d, 1e-3 * wide_d, bias), (), 6 * wide_d.numel(), 0),
+    ]
+
+
+def unet_workloads() -> list[Workload]:
+    """Return the activation of a U-Net in fp32, at the width and size of its first level."""
+    x = torch.randn(BATCH_SIZE, *PIXELS, device="cuda")
+    d = torch.randn(NUM_CONSISTENCY, *PIXELS, device="cuda")
+    n, m = 4 * x.numel(), 4 * d.numel()
+    shape = "x".join(map(str, PIXELS))
+    return [
+        Workload("silu", shape, (x,), (0,), 2 * n, 3 * n),
+        Workload("silu_difference", shape, (d, 1e-3 * d), (), 3 * m, 0),
     ]
 
 
@@ -188,7 +202,11 @@ def main() -> int:
     rows, wrong, copy_gb_per_s = [], [], copy_bandwidth()
     header = ("op", "shape", "direction", "fused ms", "eager x", "compiled x", "GB/s", "of copy")
     print("{:32}{:18}{:20}{:>10}{:>9}{:>11}{:>8}{:>9}".format(*header))
-    for make in (point_workloads, *(lambda n=n, s=s: network_workloads(n, *s) for n, s in shapes.items())):
+    for make in (
+        point_workloads,
+        unet_workloads,
+        *(lambda n=n, s=s: network_workloads(n, *s) for n, s in shapes.items()),
+    ):
         for work in make():
             complaint = difference_from_reference(work)
             if complaint is not None:

@@ -18,7 +18,7 @@ from soflow.kernels import reference
 from soflow.kernels.library import check, register
 from soflow.kernels.math import expm1, log1p
 from soflow.kernels.self_attention import check_packed, load_block, store_block
-from soflow.kernels.tuning import MAX_HEAD_DIM, attention_difference_launch
+from soflow.kernels.tuning import ATTENTION_STAGES, MAX_HEAD_DIM, attention_difference_launch
 
 # P and dP times this, a power of two, enter their products: float16 holds no small dP, and both are at most 1
 PROBABILITY_SCALE = tl.constexpr(32768.0)
@@ -147,7 +147,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
             BLOCK_T=launch.block_t,
             ONE_BLOCK=launch.block_t >= T,
             num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_stages=ATTENTION_STAGES,
         )
     return do
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, register
-from soflow.kernels.tuning import attention_bwd_launch, attention_is_fused, attention_launch
+from soflow.kernels.tuning import ATTENTION_STAGES, attention_bwd_launch, attention_is_fused, attention_launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -223,7 +223,7 @@ def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
             BLOCK_D=launch.block_d,
             BLOCK_T=launch.block_t,
             num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
+            num_stages=ATTENTION_STAGES,
         )
     return o, lse
 
@@ -251,7 +251,7 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
                 BLOCK_D=launch.block_d,
                 BLOCK_T=launch.block_t,
                 num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
+                num_stages=ATTENTION_STAGES,
             )
     return dqkv
 

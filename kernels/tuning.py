@@ -1,5 +1,6 @@
-"""Launch parameters by shape: one static table, no tuning at run time, so that a captured graph is always the same.
+"""Launch parameters by shape: static, no tuning at run time, so that a captured graph is always the same.
 
+Those of the norms and of attention; activation, loss and point have a constant or two of their own, for every shape.
 They follow from what compiles without spills on sm_80, sm_90 and sm_100 (`python -m bench.resources`), and from the
 instructions that the compiled kernels then take for a byte; none was timed on a GPU yet.
 """
@@ -13,8 +14,10 @@ FULL_GRID = 256
 MAX_SLABS = 8
 # Rows under way to a program of that backward: the one it works on, and those loaded meanwhile.
 NORM_BWD_STAGES = 3
-# Tokens of a head that one program of attention holds at once, and the widest head it is written for.
+# Tokens of a head that one program of attention holds at most at once, and the widest head it is written for.
 FEW_TOKENS = 64
+# Turns under way in attention: a program that holds the registers of one has none for the loads of the next.
+ATTENTION_STAGES = 1
 MAX_HEAD_DIM = 128
 
 
@@ -31,12 +34,11 @@ def num_slabs(B: int, T: int) -> int:
 
 
 class AttentionLaunch(NamedTuple):
-    """Queries of a program, which are also the keys per turn; the padded width of a head; warps; turns under way."""
+    """Queries of a program, which are also the keys per turn; the padded width of a head; warps."""
 
     block_t: int
     block_d: int
     num_warps: int
-    num_stages: int
 
 
 def attention_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
@@ -48,8 +50,8 @@ def attention_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaun
     """
     block_d = _padded(head_dim)
     if dtype == torch.float32:
-        return AttentionLaunch(min(_padded(T), 32 if block_d <= 64 else 16), block_d, 8, 1)
-    return AttentionLaunch(min(_padded(T), FEW_TOKENS), block_d, 4, 1)
+        return AttentionLaunch(min(_padded(T), 32 if block_d <= 64 else 16), block_d, 8)
+    return AttentionLaunch(min(_padded(T), FEW_TOKENS), block_d, 4)
 
 
 def attention_bwd_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
@@ -73,8 +75,8 @@ def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> At
 def attention_is_fused(T: int, head_dim: int) -> bool:
     """Return whether attention itself is ours, for T tokens in heads of so many numbers, or PyTorch's.
 
-    Ours where the tokens of a head are one block: the tiles of the library kernels are twice as wide. For more tokens
-    PyTorch's, until `python -m bench.attention` has shown another to be faster.
+    Ours where the tokens of a head are one block, in half precision: the tiles of the library kernels are twice as
+    wide. For more tokens PyTorch's, until `python -m bench.attention` has shown another to be faster.
     """
     return T <= FEW_TOKENS and head_dim <= MAX_HEAD_DIM
 
