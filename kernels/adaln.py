@@ -206,8 +206,13 @@ def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty(x.shape, device=x.device, dtype=dtype or x.dtype)
 
 
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """Return float32, or the float64 that only the CPU has."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _row_stats(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:2], device=x.device, dtype=torch.float32)
+    return torch.empty(x.shape[:2], device=x.device, dtype=_wide_dtype(x))
 
 
 def _slab_sums(c: Tensor, slabs: int) -> Tensor:
@@ -353,21 +358,21 @@ def _gate_residual_norm_cpu(
 
 
 def _cpu_stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.float(), dim=-1, correction=0)
+    var, mean = torch.var_mean(_wide(x), dim=-1, correction=0)
     return mean, (var + eps).rsqrt()
 
 
-def _normed(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    return (x.float() - mean[..., None]) * rstd[..., None]
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_dtype(x))
 
 
 def _modulated_norm_bwd_cpu(
     x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    normed, dnormed = _normed(x, mean, rstd), dh.float() * (1.0 + scale[:, None].float())
+    normed, dnormed = (_wide(x) - mean[..., None]) * rstd[..., None], _wide(dh) * (1.0 + _wide(scale)[:, None])
     inner = dnormed.mean(-1, keepdim=True) + normed * (dnormed * normed).mean(-1, keepdim=True)
     dx = rstd[..., None] * (dnormed - inner)
-    dshift, dscale = dh.float().sum(1), (dh.float() * normed).sum(1)
+    dshift, dscale = _wide(dh).sum(1), (_wide(dh) * normed).sum(1)
     return dx.to(x.dtype), dshift.to(scale.dtype), dscale.to(scale.dtype)
 
 
@@ -375,8 +380,8 @@ def _gate_residual_norm_bwd_cpu(
     y: Tensor, gate: Tensor, z: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, dz: Tensor, dh: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dshift, dscale = _modulated_norm_bwd_cpu(z, scale, mean, rstd, dh)
-    dx = dz.float() + dx.float()
-    dgate, dy = (dx * y.float()).sum(1), dx * gate[:, None].float()
+    dx = _wide(dz) + _wide(dx)
+    dgate, dy = (dx * _wide(y)).sum(1), dx * _wide(gate)[:, None]
     return dx.to(z.dtype), dy.to(y.dtype), dgate.to(gate.dtype), dshift, dscale
 
 

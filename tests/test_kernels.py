@@ -295,7 +295,7 @@ def test_cpu_tensors_take_the_reference(case):
     inputs = case.inputs(torch.float64, "cpu")
     ours, theirs = case.call(kernels, inputs), case.call(reference, inputs)
     for a, b in zip([*ours[0], *ours[1]], [*theirs[0], *theirs[1]], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def op_arguments(name: str) -> tuple:
