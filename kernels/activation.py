@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.library import check, check_dimensions, check_width, register
 from soflow.kernels.math import GELU_CUBE, GELU_SCALE, sigmoid, sigmoid_derivative, sigmoid_difference
 
 BLOCK_D = 512
@@ -225,6 +225,7 @@ class _Silu(torch.autograd.Function):
 
 def _check_gelu(op: str, x: Tensor, bias: Tensor, **others: tuple[Tensor, tuple[int, ...]]) -> None:
     check_dimensions(op, "x", x, 0, "(..., D)")
+    check_width(op, "x", x)
     check(op, x.device, x=(x, tuple(x.shape)), bias=(bias, tuple(x.shape[-1:])), **others)
 
 

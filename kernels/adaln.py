@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.library import check, check_dimensions, check_grid, check_width, register
 from soflow.kernels.tuning import NORM_BWD_STAGES, norm_warps, num_slabs
 
 
@@ -288,6 +288,7 @@ def _launch_modulated_norm_bwd(
     slabs = num_slabs(B, T)
     dshift, dscale = _slab_sums(scale, slabs), _slab_sums(scale, slabs)
     if B:
+        check_grid("modulated_norm", "samples of a gradient", B)
         _modulated_norm_bwd_kernel[(slabs, B)](
             x,
             scale,
@@ -318,6 +319,7 @@ def _launch_gate_residual_norm_bwd(
     slabs = num_slabs(B, T)
     dgate, dshift, dscale = _slab_sums(gate, slabs), _slab_sums(scale, slabs), _slab_sums(scale, slabs)
     if B:
+        check_grid("gate_residual_norm", "samples of a gradient", B)
         _gate_residual_norm_bwd_kernel[(slabs, B)](
             y,
             gate,
@@ -449,6 +451,7 @@ def check_rows(
 ) -> None:
     """Raise ValueError unless `x`, called `name`, is (B, T, D), so are the activations, and the modulations (B, D)."""
     check_dimensions(op, name, x, 3, "(B, T, D)")
+    check_width(op, name, x)
     B, T, D = x.shape
     tokens = {key: (tensor, (B, T, D)) for key, tensor in {name: x, **activations}.items()}
     rows = {key: (tensor, (B, D)) for key, tensor in modulation.items()}

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import check, register
+from soflow.kernels.library import check, check_grid, register
 from soflow.kernels.math import expm1, log1p
 from soflow.kernels.self_attention import check_packed, load_block, store_block
 from soflow.kernels.tuning import ATTENTION_STAGES, MAX_HEAD_DIM, attention_difference_launch
@@ -134,6 +134,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
     head_dim = width // (3 * num_heads)
     do = torch.empty((B, T, width // 3), device=qkv.device, dtype=qkv.dtype)
     if do.numel():
+        check_grid("attention_difference", "samples", B)
         launch = attention_difference_launch(T, head_dim, qkv.dtype)
         _attention_difference_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,

@@ -40,6 +40,8 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64,)
+# programs along the second or third axis of a CUDA grid
+MAX_GRID = 65535
 
 
 def check(
@@ -51,12 +53,14 @@ def check(
 ) -> None:
     """Raise ValueError unless every argument, given as name=(tensor, shape), has that shape, `device` and a dtype.
 
-    On the CPU, where the reference computes, float64 passes as well. Any strides will do: launchers make rows dense.
+    On the CPU, where the reference computes, float64 passes where float32 does. Any strides will do: launchers make
+    rows dense.
     """
+    is_exact = device.type == "cpu" and torch.float32 in dtypes
     for name, (tensor, shape) in arguments.items():
         if tensor.shape != shape:
             raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {shape}")
-        if tensor.dtype not in dtypes and not (device.type == "cpu" and tensor.dtype == torch.float64):
+        if tensor.dtype not in dtypes and not (is_exact and tensor.dtype == torch.float64):
             raise ValueError(f"{op}: {name}: got {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
         if tensor.device != device:
             raise ValueError(f"{op}: {name}: got a tensor on {tensor.device}, expected {device}")
@@ -66,3 +70,15 @@ def check_dimensions(op: str, name: str, tensor: Tensor, num: int, expected: str
     """Raise ValueError unless `tensor` has at least one and, for num > 0, exactly `num` dimensions."""
     if tensor.dim() == 0 or (num and tensor.dim() != num):
         raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_width(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the last dimension of `tensor`, which has one, holds at least one number."""
+    if not tensor.shape[-1]:
+        raise ValueError(f"{op}: {name}: got shape {tuple(tensor.shape)}, expected at least one number per row")
+
+
+def check_grid(op: str, name: str, num: int) -> None:
+    """Raise ValueError unless `num` programs fit the second or third axis of a CUDA grid.  name: what there are of."""
+    if num > MAX_GRID:
+        raise ValueError(f"{op}: {name}: got {num}, expected at most {MAX_GRID}, the limit of a CUDA grid")

@@ -205,8 +205,11 @@ def solution_loss(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, a scalar, and the statistics of both parts, (2, 3).  See `reference.solution_loss`."""
-    op, device, B = "solution_loss", F_t.device, len(F_t)
+    op, device = "solution_loss", F_t.device
     check_dimensions(op, "F_t", F_t, 0, "(B, ...)")
+    B = len(F_t)
+    if B and not F_t.numel():
+        raise ValueError(f"{op}: F_t: got shape {tuple(F_t.shape)}, expected at least one number per row")
     if dF.dim() == 0 or len(dF) > B:
         raise ValueError(f"{op}: dF: got shape {tuple(dF.shape)}, expected at most {B} rows")
     shape = tuple(F_t.shape)

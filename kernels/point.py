@@ -307,7 +307,9 @@ def interpolate(
     x_0: Tensor, x_1: Tensor, alpha_t: Tensor, beta_t: Tensor, dalpha_t: Tensor, dbeta_t: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return x_t and v_t, (B, ...).  See `reference.interpolate`."""
-    op, B, shape = "interpolate", len(x_0), tuple(x_0.shape)
+    op = "interpolate"
+    check_dimensions(op, "x_0", x_0, 0, "(B, ...)")
+    B, shape = len(x_0), tuple(x_0.shape)
     check(op, x_0.device, x_0=(x_0, shape), x_1=(x_1, shape), alpha_t=(alpha_t, (B,)), beta_t=(beta_t, (B,)))
     check(op, x_0.device, dalpha_t=(dalpha_t, (B,)), dbeta_t=(dbeta_t, (B,)))
     return _interpolate(x_0, x_1, alpha_t, beta_t, dalpha_t, dbeta_t)
@@ -317,8 +319,10 @@ def look_ahead(
     v_t: Tensor, v_uncond: Tensor, v_cond: Tensor | None, guidance: Tensor, mix: Tensor, dt: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the guided velocity v, (B, ...), and the step dx of the consistency rows.  See `reference.look_ahead`."""
-    op, B, shape = "look_ahead", len(v_t), tuple(v_t.shape)
+    op = "look_ahead"
+    check_dimensions(op, "v_t", v_t, 0, "(B, ...)")
     check_dimensions(op, "dt", dt, 1, "(M,)")
+    B, shape = len(v_t), tuple(v_t.shape)
     if len(dt) > B:
         raise ValueError(f"{op}: dt: got {len(dt)} rows, expected at most {B}")
     check(op, v_t.device, v_t=(v_t, shape), v_uncond=(v_uncond, shape), guidance=(guidance, (B,)), mix=(mix, (B,)))

@@ -6,7 +6,7 @@ inputs, and stored as the dtype of the input.
 
 `<op>_difference` is the finite difference of `<op>`: where op maps x to y, it maps (x, dx) to
 dy = op(x + dx) - op(x), exactly, without ever subtracting nearby numbers, so that the rounding error of dy is
-relative to dy and not to y. Differences carry no gradient.
+relative to dy and not to y. Nothing differentiates a difference: the fused ones have no gradient.
 """
 
 import math
@@ -172,7 +172,8 @@ class _SolutionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, F_t, dF, x, v, residual_coefficients, weight_scale, gradient_factor, p, eps):  # type: ignore[no-untyped-def]
         num_rows, num_velocity = len(F_t), len(F_t) - len(dF)
-        F_rows, x, v, dF = (tensor.flatten(1) for tensor in (F_t, x, v, dF))
+        # a row may be a single number
+        F_rows, x, v, dF = (tensor.unsqueeze(1).flatten(1) for tensor in (F_t, x, v, dF))
         c_x, c_v, c_F, c_d = (c[:, None] for c in residual_coefficients.unbind(1))
         residual = c_x * x + c_v * v + c_F * F_rows
         residual[num_velocity:] += c_d[num_velocity:] * dF

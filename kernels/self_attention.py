@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import check, check_dimensions, register
+from soflow.kernels.library import check, check_dimensions, check_grid, check_width, register
 from soflow.kernels.tuning import ATTENTION_STAGES, attention_bwd_launch, attention_is_fused, attention_launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -211,6 +211,7 @@ def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     if o.numel():
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
+        check_grid("attention", "samples", B)
         launch = attention_launch(T, head_dim, qkv.dtype)
         _attention_fwd_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
             qkv,
@@ -234,6 +235,7 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
     if dqkv.numel():
         B, T, _ = qkv.shape
         head_dim = qkv.shape[2] // (3 * num_heads)
+        check_grid("attention", "samples", B)
         launch = attention_bwd_launch(T, head_dim, qkv.dtype)
         num_blocks = triton.cdiv(T, launch.block_t)
         many = (_attention_bwd_kv_kernel, _attention_bwd_q_kernel)
@@ -314,6 +316,7 @@ class _Attention(torch.autograd.Function):
 def check_packed(op: str, qkv: Tensor, num_heads: int) -> None:
     """Raise ValueError unless qkv is (B, T, 3 H d) for H = num_heads, of a dtype and on a device that `op` takes."""
     check_dimensions(op, "qkv", qkv, 3, "(B, T, 3 H d)")
+    check_width(op, "qkv", qkv)
     if num_heads < 1 or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"{op}: num_heads: got {num_heads}, expected a divisor of {qkv.shape[2]} / 3, "

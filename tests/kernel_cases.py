@@ -183,6 +183,7 @@ SMALL = [
     large_difference_case(1, 20, 1, 16, 30.0),
     *point_cases(5, 2, 3, 7),
     *point_cases(1, 1, 1),
+    *point_cases(3, 1),
     *point_cases(3, 3, 2, 5, 5),
     *point_cases(3, 0, 2, 5, 5),
     *point_cases(2, 1, 2053),

@@ -437,6 +437,13 @@ BAD_ARGUMENTS = [
     ("attention", {"qkv": torch.zeros(2, 24)}, r"attention: qkv: got shape \(2, 24\), expected \(B, T, 3 H d\)"),
     ("attention_difference", {"num_heads": 5}, "num_heads: got 5, expected a divisor of 24 / 3"),
     ("attention_difference", {"qkv": torch.zeros(2, 24)}, r"qkv: got shape \(2, 24\), expected \(B, T, 3 H d\)"),
+    ("gelu", {"x": torch.zeros(2, 0)}, r"gelu: x: got shape \(2, 0\), expected at least one number per row"),
+    ("modulated_norm", {"x": torch.zeros(2, 3, 0)}, r"modulated_norm: x: got shape .*, expected at least one number"),
+    ("attention", {"qkv": torch.zeros(2, 3, 0)}, r"attention: qkv: got shape .*, expected at least one number per row"),
+    ("interpolate", {"x_0": torch.zeros(())}, r"interpolate: x_0: got shape \(\), expected \(B, \.\.\.\)"),
+    ("look_ahead", {"v_t": torch.zeros(())}, r"look_ahead: v_t: got shape \(\), expected \(B, \.\.\.\)"),
+    ("solution_loss", {"F_t": torch.zeros(())}, r"solution_loss: F_t: got shape \(\), expected \(B, \.\.\.\)"),
+    ("solution_loss", {"F_t": torch.zeros(5, 0)}, r"solution_loss: F_t: got shape \(5, 0\), expected at least one"),
     ("interpolate", {"beta_t": torch.zeros(1)}, r"interpolate: beta_t: got shape \(1,\), expected \(5,\)"),
     ("look_ahead", {"dt": torch.zeros(9)}, "look_ahead: dt: got 9 rows, expected at most 5"),
     (
@@ -465,12 +472,35 @@ def test_bad_arguments_are_named(op, change, message):
         ({"sample": torch.zeros(2, 2, dtype=torch.int64)}, r"normal: sample: got shape \(2, 2\), expected \(B,\)"),
         ({"seed": torch.zeros(2, dtype=torch.int64)}, r"normal: seed: got shape \(2,\), expected \(\) or \(3,\)"),
         ({"step": torch.tensor(1.0)}, r"normal: step: got torch\.float32, expected torch\.int64"),
+        ({"seed": torch.tensor(1.0).double()}, r"normal: seed: got torch\.float64, expected torch\.int64"),
     ],
 )
 def test_bad_keys_are_named(change, message):
     keys = {"seed": torch.tensor(1), "step": torch.tensor(2), "sample": torch.arange(3)}
     with pytest.raises(ValueError, match=message):
         kernels.normal(**{**keys, **change}, stream=3, num=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("attention_fwd", "attention: samples: got 65536, expected at most 65535"),
+        ("attention_bwd", "attention: samples: got 65536"),
+        ("attention_difference", "attention_difference: samples: got 65536"),
+        ("modulated_norm_bwd", "modulated_norm: samples of a gradient: got 65536"),
+        ("gate_residual_norm_bwd", "gate_residual_norm: samples of a gradient: got 65536"),
+    ],
+)
+def test_more_samples_than_a_grid_holds_are_refused(name, message):
+    """Where they are its second or third axis, which CUDA holds to 16 bits."""
+    launch = next(vars(module)[f"_launch_{name}"] for module in resources.MODULES if f"_launch_{name}" in vars(module))
+    arguments = [
+        torch.empty(65536, *x.shape[1:], device="meta") if isinstance(x, torch.Tensor) else x
+        for x in op_arguments(name)
+    ]
+    with pytest.raises(ValueError, match=message):
+        launch(*arguments)
+    library.check_grid("attention", "samples", 65535)
 
 
 # --------------------------------------------------------------------------------------------------
