@@ -16,7 +16,7 @@ MAX_SLABS = 8
 NORM_BWD_STAGES = 3
 # Tokens of a head that one program of attention holds at most at once, and the widest head it is written for.
 FEW_TOKENS = 64
-# Turns under way in attention: a program that holds the registers of one has none for the loads of the next.
+# Turns of attention under way at once: the loads of the next one wait.
 ATTENTION_STAGES = 1
 MAX_HEAD_DIM = 128
 
