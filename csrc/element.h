@@ -74,7 +74,7 @@ SOFLOW_INLINE double decay_at(const Profile& profile, long long finished) {
 // What the gradient is multiplied with so that its norm is at most `clip_norm` (infinity: no bound).
 SOFLOW_INLINE float clip_scale(double clip_norm, double norm) {
   const double scale = clip_norm / (norm + 1e-6);
-  return scale < 1.0 ? static_cast<float>(scale) : 1.0f;
+  return scale >= 1.0 ? 1.0f : static_cast<float>(scale);  // of a norm that is no number: NaN, as in PyTorch
 }
 
 SOFLOW_INLINE void update_element(const Coefficients& c, float g, float& w, float& m, float& v) {

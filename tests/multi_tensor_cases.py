@@ -161,6 +161,17 @@ def check_nonfinite_step_is_skipped(device: str) -> None:
         assert_near(ours, theirs)
 
 
+def check_nonfinite_step_is_made(device: str) -> None:
+    """Without a guard one bad element reaches what it reaches in PyTorch: by way of the norm, NaN every weight."""
+    for bad, reached in ((float("nan"), [3, 5]), (float("inf"), [1, 0])):
+        for backend in ("fused", "reference"):
+            setup = Setup(backend, device, shapes=((3,), (5,)), clip_norm=1.0, averages=())
+            first, second = setup.params[:2]
+            first.grad, second.grad = torch.tensor([1.0, bad, 1.0]).to(device), torch.ones(5).to(device)
+            setup.optimizer.step()
+            assert [int(param.isnan().sum()) for param in (first, second)] == reached, (backend, bad)
+
+
 def check_state_moves_between_backends(device: str, steps: int) -> None:
     """fused, then reference, then fused, each from the other's state_dict: as the reference all the way."""
     ours, theirs = Setup("fused", device), Setup("reference", device)

@@ -82,6 +82,10 @@ def test_nonfinite_step_is_skipped(host):
     cases.check_nonfinite_step_is_skipped("cpu")
 
 
+def test_nonfinite_step_is_made_without_a_guard(host):
+    cases.check_nonfinite_step_is_made("cpu")
+
+
 def test_state_moves_between_backends(host):
     cases.check_state_moves_between_backends("cpu", 2)
 

@@ -40,6 +40,10 @@ def test_nonfinite_step_is_skipped():
     cases.check_nonfinite_step_is_skipped("cuda")
 
 
+def test_nonfinite_step_is_made_without_a_guard():
+    cases.check_nonfinite_step_is_made("cuda")
+
+
 def test_state_moves_between_backends():
     cases.check_state_moves_between_backends("cuda", 10)
 
