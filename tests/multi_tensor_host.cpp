@@ -1,6 +1,7 @@
 // Runs the kernels of csrc/multi_tensor.cuh on the CPU: a thread per thread of a block, one block after the other, the
 // last ones first. For tests without a GPU; the kernels are included as they are.
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cstdint>
 #include <functional>
@@ -35,9 +36,16 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 static ushort4 make_ushort4(unsigned short x, unsigned short y, unsigned short z, unsigned short w) {
   return {x, y, z, w};
 }
+
+// Accesses at an address that their type does not allow, which a GPU would refuse: what -fsanitize=alignment finds, to
+// which this is the handler in place of one that prints, and __stcs.
+static std::atomic<long long> misaligned_accesses;
+extern "C" void __ubsan_handle_type_mismatch_v1(void*, void*) { ++misaligned_accesses; }
+
 // as words: what lies there has another type
 template <typename T>
 static void __stcs(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % alignof(T) != 0) ++misaligned_accesses;
   __builtin_memcpy(to, &value, sizeof(T));
 }
 
@@ -69,6 +77,8 @@ extern "C" {
 
 extern const int64_t kSizes[];
 const int64_t kSizes[] = {soflow::kChunk, soflow::kMaxAverages};
+
+long long misaligned() { return misaligned_accesses; }
 
 void norm(const soflow::Tables* tables) {
   launch(*tables, [&] { soflow::norm_kernel(*tables); });

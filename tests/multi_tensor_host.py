@@ -36,6 +36,7 @@ def build(folder: Path) -> ctypes.CDLL:
     """Compile the kernels for the host."""
     library = folder / "multi_tensor_host.so"
     flags = ("-std=c++20", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread")
+    flags += ("-fsanitize=alignment",)
     command = [
         COMPILER,
         *flags,
@@ -52,14 +53,17 @@ def build(folder: Path) -> ctypes.CDLL:
 def extension(library: ctypes.CDLL) -> SimpleNamespace:
     """What `soflow.kernels.multi_tensor` expects of the module _soflow_C."""
     calls: list[str] = []
+    misaligned = library.misaligned()  # a failed test may have left some
 
     def norm(tables: Tables, device: int, stream: int) -> None:
         calls.append("norm")
         library.norm(ctypes.byref(tables))
+        assert library.misaligned() == misaligned
 
     def update(tables: Tables, norm_known: bool, device: int, stream: int) -> None:
         calls.append("update")
         library.update(ctypes.byref(tables), ctypes.c_bool(norm_known))
+        assert library.misaligned() == misaligned
 
     def write(to: int, words: Sequence[int], device: int, stream: int) -> None:
         calls.append("write")

@@ -44,12 +44,20 @@ def host(library, monkeypatch):
         {"name": "adamw", "averages": ()},
         {"name": "adamw", "shadows": "copies"},
         {"name": "adamw", "shadows": "gradients", "clip_norm": 1.0},
-        {"name": "adamw", "misaligned": True, "shadows": "copies"},
     ],
     ids=str,
 )
 def test_equals_the_reference(host, settings):
     cases.check_equals_reference("cpu", 8, **settings)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_misaligned(host, kind):
+    cases.check_misaligned("cpu", 3, kind)
+
+
+def test_averages_are_those_of_an_ema(host):
+    cases.check_averages_are_those_of_an_ema("cpu", 6)
 
 
 def test_bitwise_repeatable(host):
@@ -80,6 +88,10 @@ def test_training_resumes_to_the_bit(host, tmp_path):
 
 def test_nonfinite_step_is_skipped(host):
     cases.check_nonfinite_step_is_skipped("cpu")
+
+
+def test_guard_can_be_lifted(host):
+    cases.check_guard_can_be_lifted("cpu")
 
 
 def test_nonfinite_step_is_made_without_a_guard(host):

@@ -19,13 +19,21 @@ SETTINGS = [
     {"name": "adamw", "averages": (EmaConfig(decay=0.9999, every=16, dtype="float64"),)},
     {"name": "adamw", "shadows": "copies"},
     {"name": "adamw", "shadows": "gradients", "clip_norm": 1.0},
-    {"name": "adamw", "misaligned": True, "shadows": "copies"},
 ]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_equals_the_reference(settings):
     cases.check_equals_reference("cuda", 100, **settings)
+
+
+@pytest.mark.parametrize("kind", cases.KINDS)
+def test_misaligned(kind):
+    cases.check_misaligned("cuda", 20, kind)
+
+
+def test_averages_are_those_of_an_ema():
+    cases.check_averages_are_those_of_an_ema("cuda", 20)
 
 
 def test_bitwise_repeatable():
@@ -38,6 +46,10 @@ def test_norm_is_exact():
 
 def test_nonfinite_step_is_skipped():
     cases.check_nonfinite_step_is_skipped("cuda")
+
+
+def test_guard_can_be_lifted():
+    cases.check_guard_can_be_lifted("cuda")
 
 
 def test_nonfinite_step_is_made_without_a_guard():
