@@ -95,14 +95,14 @@ class MultiTensorUpdate:
         num_groups: int,
         steps: Tensor,
         counters: Tensor,
-        profiles: Sequence[ProfileRow],
+        num_averages: int,
     ) -> None:
         self._extension = load_extension()
         self._device = counters.device
         self._slots = list(slots)
         self.steps, self.counters = steps, counters
         for slot in slots:
-            self._require_valid(slot, len(profiles))
+            self._require_valid(slot, num_averages)
         self._records = self._table(
             [
                 [_address(t) for t in (s.param, s.exp_avg, s.exp_avg_sq, s.shadow)] + [s.param.numel(), s.group]
@@ -110,12 +110,12 @@ class MultiTensorUpdate:
             ],
             torch.int64,
         )
-        averages = [[_address(slot.averages[a]) for slot in slots] for a in range(len(profiles))]
+        averages = [[_address(slot.averages[a]) for slot in slots] for a in range(num_averages)]
         self._averages = self._table(averages, torch.int64)
         self._chunks = self._chunk_table()
-        self._profiles = self._table(profiles, torch.float64)
         self._gradients = torch.zeros(len(slots), dtype=torch.int64, device=self._device)
         self._groups = torch.zeros(num_groups, len(GroupRow._fields), dtype=torch.float64, device=self._device)
+        self._profiles = torch.zeros(num_averages, len(ProfileRow._fields), dtype=torch.float64, device=self._device)
         self._policy = torch.tensor([float("inf"), 0.0], dtype=torch.float64, device=self._device)
         self._partials = torch.zeros(len(self._chunks), dtype=torch.float64, device=self._device)
         self.norms = torch.zeros(2, dtype=torch.float32, device=self._device)
@@ -134,13 +134,17 @@ class MultiTensorUpdate:
             counters=counters.data_ptr(),
             norms=self.norms.data_ptr(),
             num_tensors=len(slots),
-            num_averages=len(profiles),
+            num_averages=num_averages,
             num_chunks=len(self._chunks),
         )
 
     def set_groups(self, rows: Sequence[GroupRow]) -> None:
         """Put the hyper-parameters of all param groups into device memory, if they are others than there."""
         self._write(self._groups, _double_words([value for row in rows for value in row]), "hyper-parameters")
+
+    def set_profiles(self, rows: Sequence[ProfileRow]) -> None:
+        """Put how each average moves into device memory, if that is otherwise than there."""
+        self._write(self._profiles, _double_words([value for row in rows for value in row]), "averages")
 
     def set_policy(self, clip_norm: float | None, guard: bool) -> None:
         """Put the largest norm (None: any), and whether to skip a gradient that is not finite, into device memory."""
@@ -185,7 +189,7 @@ class MultiTensorUpdate:
         assert len(words) == table.numel()
         # a captured graph writes the addresses again whenever it is replayed: what lies there is not known any more
         self._is_captured |= capturing and what is None
-        if self._written.get(id(table)) == words and not (self._is_captured and what is None):
+        if self._written.get(id(table), ()) == words and not (self._is_captured and what is None):
             return
         if capturing and what is not None:
             raise RuntimeError(f"{what}: got new values while a graph is captured, expected them to be set before")

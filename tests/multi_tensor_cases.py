@@ -1,5 +1,6 @@
 """What the fused update must do on any device: on a GPU, and with the kernels compiled for the host."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -67,11 +68,11 @@ class Setup:
         self.shadows = {}
         if shadows:
             trained = [p for p in self.params if p.requires_grad]
-            copies = [p.detach().bfloat16() for p in trained]
+            values = [p.detach().bfloat16() for p in trained]
             if misaligned == "shadows":
-                copies = [shifted(copy, index) for index, copy in enumerate(copies)]
+                values = [shifted(value, index) for index, value in enumerate(values)]
             self.shadows = {
-                p: copy.requires_grad_(shadows == "gradients") for p, copy in zip(trained, copies, strict=True)
+                p: value.requires_grad_(shadows == "gradients") for p, value in zip(trained, values, strict=True)
             }
         halves = self.params[::2], self.params[1::2]
         groups = [{"params": half, **group} for half, group in zip(halves, GROUPS, strict=True)]
@@ -261,6 +262,31 @@ def check_follows_moved_tensors_and_new_rates(device: str) -> None:
         setup.optimizer.param_groups[0]["lr"] = 1e-4
         setup.run(range(2, 4))
     assert_near(ours, theirs)
+
+
+def check_follows_what_is_replaced(device: str) -> None:
+    """An average's pace, a part of a parameter's state, a state loaded again, a further group: all at the next step."""
+    ours, theirs = Setup("fused", device, shapes=((3,), (5,))), Setup("reference", device, shapes=((3,), (5,)))
+    added = [nn.Parameter(torch.ones(3, device=device)) for _ in range(2)]
+    for setup, param in zip((ours, theirs), added, strict=True):
+        optimizer, first = setup.optimizer, setup.params[0]
+        setup.run(range(2))
+        setup.averages[0].decay, setup.averages[1].every = 0.5, 1
+        setup.run(range(2, 4))
+        for key in ("exp_avg", "exp_avg_sq", "step"):
+            replaced = optimizer.state[first][key]
+            optimizer.state[first][key] = torch.full_like(replaced, 9.0)
+            setup.run(range(5, 7))
+        before = optimizer.state_dict()["state"][0]["step"].clone()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        assert optimizer.state_dict()["state"][0]["step"] == before
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, device=device), requires_grad=False)]})
+        setup.run(range(7, 9))
+        optimizer.add_param_group({"params": [param], "lr": 0.5})
+        param.grad = torch.ones_like(param)
+        setup.run(range(9, 11))
+    assert_near(ours, theirs)
+    torch.testing.assert_close(*added)
 
 
 def check_many_tensors(device: str) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("g++")
 
@@ -67,7 +65,7 @@ def extension(library: ctypes.CDLL) -> SimpleNamespace:
 
     def write(to: int, words: Sequence[int], device: int, stream: int) -> None:
         calls.append("write")
-        torch.frombuffer((ctypes.c_int64 * len(words)).from_address(to), dtype=torch.int64).copy_(torch.tensor(words))
+        (ctypes.c_uint64 * len(words)).from_address(to)[:] = words
 
     chunk, max_averages = (ctypes.c_int64 * 2).in_dll(library, "kSizes")
     return SimpleNamespace(

@@ -106,6 +106,10 @@ def test_follows_moved_tensors_and_new_rates(host):
     cases.check_follows_moved_tensors_and_new_rates("cpu")
 
 
+def test_follows_what_is_replaced(host):
+    cases.check_follows_what_is_replaced("cpu")
+
+
 def test_many_tensors(host):
     cases.check_many_tensors("cpu")
 
@@ -118,8 +122,8 @@ def test_launches(host):
         for param, gradient in zip(setup.params, gradients, strict=False):
             param.grad = gradient
         setup.optimizer.step()
-    # rates and limits when made, again with the tables that have the moments; then the addresses of the gradients
-    assert host.calls == ["write"] * 5 + ["update"] * 3
+    # rates, averages and limits when made, again with the tables that have the moments; then where the gradients lie
+    assert host.calls == ["write"] * 7 + ["update"] * 3
     setup.optimizer.skip_nonfinite = True
     del host.calls[:]
     setup.optimizer.step()

@@ -41,9 +41,6 @@ class Backend(Protocol):
     def prepare(self) -> None:
         """Read changed hyper-parameters, for a step that is replayed."""
 
-    def forget(self) -> None:
-        """Drop what was derived from the optimizer's state, which was replaced."""
-
     def count(self, counter: int) -> int:
         """Return the counter of that index in `COUNTERS`."""
 

@@ -15,7 +15,7 @@ from soflow.optim.backend import Owner
 
 
 class Fused:
-    """The CUDA extension: its tables are made anew when a tensor has moved, or first has a gradient."""
+    """The CUDA extension: its tables are made anew when a tensor has moved or was replaced, or first has a gradient."""
 
     def __init__(self, optimizer: Owner) -> None:
         self._optimizer = optimizer
@@ -24,15 +24,12 @@ class Fused:
         self._no_norm = torch.zeros((), device=self._device)
         self._tables: MultiTensorUpdate | None = None
         self._params: list[Tensor] = []
-        self._addresses: tuple[int, ...] = ()
+        self._layout: tuple[int, ...] = ()
         self.prepare()
 
     @property
     def grad_norm(self) -> Tensor:
         return self._no_norm if self._tables is None else self._tables.norms[0]
-
-    def forget(self) -> None:
-        self._tables = None
 
     def count(self, counter: int) -> int:
         return int(self._counters[counter].item())
@@ -51,6 +48,11 @@ class Fused:
             beta1, beta2 = group["betas"]
             rows.append(GroupRow(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], radam))
         tables.set_groups(rows)
+        profiles = []
+        for ema in optimizer.averages:
+            gamma = -1.0 if ema.gamma is None else ema.gamma
+            profiles.append(ProfileRow(ema.decay, ema.every, gamma, float(ema.dtype == torch.float64)))
+        tables.set_profiles(profiles)
         tables.set_policy(optimizer.clip_norm, optimizer.skip_nonfinite)
 
     def step(self) -> None:
@@ -65,16 +67,27 @@ class Fused:
 
     def _current_tables(self) -> MultiTensorUpdate:
         optimizer = self._optimizer
-        params = [p for p in optimizer.parameters() if p.requires_grad or optimizer.state.get(p)]
-        tracked = [*params, *optimizer.shadows.values(), *(a for ema in optimizer.averages for a in ema.averages)]
-        tracked += [optimizer.state[p]["exp_avg"] for p in params if optimizer.state.get(p)]
-        addresses = tuple(tensor.data_ptr() for tensor in tracked)
-        if self._tables is not None and addresses == self._addresses:
+        if self._tables is not None and self._current_layout() == self._layout:
             return self._tables
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("got new tensors while a graph is captured, expected one step, or prepare(), before")
-        self._tables, self._params, self._addresses = self._build(params), params, addresses
+        self._params = [p for p in optimizer.parameters() if p.requires_grad or optimizer.state.get(p)]
+        self._tables = self._build(self._params)
+        self._layout = self._current_layout()
         return self._tables
+
+    def _current_layout(self) -> tuple[int, ...]:
+        """What the tables hold of: the sizes of the param groups, and where every tensor of the optimizer lies."""
+        optimizer = self._optimizer
+        tracked = [*optimizer.shadows.values(), *(a for ema in optimizer.averages for a in ema.averages)]
+        for param in optimizer.parameters():
+            state = optimizer.state.get(param)
+            if state:
+                tracked += (param, state["exp_avg"], state["exp_avg_sq"], state["step"])
+            elif param.requires_grad:
+                tracked.append(param)
+        sizes = (len(group["params"]) for group in optimizer.param_groups)
+        return (*sizes, *(tensor.data_ptr() for tensor in tracked))
 
     def _build(self, params: list[Tensor]) -> MultiTensorUpdate:
         optimizer = self._optimizer
@@ -100,8 +113,6 @@ class Fused:
                     group_of[id(param)],
                 )
             )
-        profiles = []
-        for ema in optimizer.averages:
-            gamma = -1.0 if ema.gamma is None else ema.gamma
-            profiles.append(ProfileRow(ema.decay, ema.every, gamma, float(ema.dtype == torch.float64)))
-        return MultiTensorUpdate(slots, len(optimizer.param_groups), steps, self._counters, profiles)
+        return MultiTensorUpdate(
+            slots, len(optimizer.param_groups), steps, self._counters, num_averages=len(optimizer.averages)
+        )

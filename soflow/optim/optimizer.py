@@ -154,14 +154,11 @@ class Optimizer(torch.optim.Optimizer):
         for index, group in enumerate(state_dict["param_groups"]):
             self._require_settings(index, group)
         super().load_state_dict(state_dict)
-        self._update.forget()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with settings of their own where given."""
         super().add_param_group(param_group)
         self._require_settings(len(self.param_groups) - 1, self.param_groups[-1])
-        if hasattr(self, "_update"):  # not while the first groups are added
-            self._update.forget()
 
     def parameters(self) -> list[Tensor]:
         """Return all parameters, frozen ones too, in the order of their indices in state_dict."""

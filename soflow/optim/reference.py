@@ -24,9 +24,6 @@ class Reference:
     def prepare(self) -> None:
         """Nothing: every step reads the param groups."""
 
-    def forget(self) -> None:
-        """Nothing: every step reads the state."""
-
     def count(self, counter: int) -> int:
         return self._counters[counter]
 

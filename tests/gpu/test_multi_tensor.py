@@ -64,6 +64,10 @@ def test_follows_moved_tensors_and_new_rates():
     cases.check_follows_moved_tensors_and_new_rates("cuda")
 
 
+def test_follows_what_is_replaced():
+    cases.check_follows_what_is_replaced("cuda")
+
+
 def test_many_tensors():
     cases.check_many_tensors("cuda")
 
