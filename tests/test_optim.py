@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 
@@ -131,6 +132,34 @@ def test_settings_it_does_not_compute_are_refused(key, value):
     other.param_groups[0][key] = value
     with pytest.raises(ValueError, match=rf"param_groups\[0\]\.{key}: got {value}, expected {not value}"):
         Optimizer(params).load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "sgd"}, "optim.name: got 'sgd', expected adamw or radam"),
+        ({"backend": "cuda"}, "optim.backend: got 'cuda', expected auto, fused, reference, apex"),
+        ({"clip_norm": -1.0}, "optim.clip_norm: got -1.0, expected a number above 0, or None"),
+        ({"clip_norm": float("nan")}, "optim.clip_norm: got nan"),
+    ],
+)
+def test_arguments_it_cannot_take_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Optimizer(weights(torch.float32), **arguments)
+
+
+def test_nothing_to_train():
+    frozen = [weight.requires_grad_(False) for weight in weights(torch.float32)]
+    with pytest.raises(ValueError, match=r"optim\.backend: got 'fused', .* because no parameter requires a gradient"):
+        Optimizer(frozen, backend="fused")
+    assert Optimizer(frozen, backend="auto").backend == "reference"
+
+
+def test_a_refused_group_is_not_added():
+    optimizer = Optimizer(weights(torch.float32))
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\.amsgrad: got True, expected False"):
+        optimizer.add_param_group({"params": weights(torch.float32), "amsgrad": True})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_clipping_is_torchs():

@@ -1,12 +1,13 @@
 """AdamW and RAdam with all that belongs to a step: norm, clipping, guard, averages of the weights, bf16 shadows."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from soflow.config import OptimConfig
+from soflow.config import OptimConfig, require
 from soflow.ema import Ema
 from soflow.kernels.multi_tensor import FINISHED, SKIPPED, is_built, requirement
 from soflow.optim.apex import Apex
@@ -16,6 +17,7 @@ from soflow.optim.reference import Reference
 from soflow.sharding import is_shard
 
 KINDS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+BACKENDS: dict[str, Callable[["Optimizer"], Backend]] = {"fused": Fused, "reference": Reference, "apex": Apex}
 # settings of torch.optim's classes that choose how they compute, but not what
 FREE_SETTINGS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -74,6 +76,10 @@ class Optimizer(torch.optim.Optimizer):
         shadows: Mapping[Tensor, Tensor] | None = None,
         backend: Literal["auto", "fused", "reference", "apex"] = "auto",
     ) -> None:
+        require("optim", "name", name, name in KINDS, " or ".join(KINDS))
+        require("optim", "backend", backend, backend in ("auto", *BACKENDS), f"auto, {', '.join(BACKENDS)}")
+        bounded = clip_norm is None or 0 < clip_norm < math.inf
+        require("optim", "clip_norm", clip_norm, bounded, "a number above 0, or None")
         # torch's own defaults, so that a state_dict has the keys that this version of torch gives it
         theirs = KINDS[name]([torch.zeros(1)], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)  # type: ignore[call-arg]
         self._settings = {key: value for key, value in theirs.defaults.items() if key not in GROUP_SETTINGS}
@@ -156,9 +162,9 @@ class Optimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with settings of their own where given."""
+        """Add parameters, with settings of their own where given; ValueError, as of load_state_dict, adds nothing."""
+        self._require_settings(len(self.param_groups), param_group)
         super().add_param_group(param_group)
-        self._require_settings(len(self.param_groups) - 1, self.param_groups[-1])
 
     def parameters(self) -> list[Tensor]:
         """Return all parameters, frozen ones too, in the order of their indices in state_dict."""
@@ -200,10 +206,11 @@ class Optimizer(torch.optim.Optimizer):
 
 def _choose(backend: str, optimizer: Optimizer) -> tuple[str, Backend]:
     params = [p for p in optimizer.parameters() if p.requires_grad]
-    obstacle = "the weights are sharded" if any(is_shard(p) for p in params) else requirement(params)
+    obstacle = requirement(params) if params else "no parameter requires a gradient"
+    if any(is_shard(param) for param in params):
+        obstacle = "the weights are sharded"
     if backend == "auto":
-        backend = "fused" if params and obstacle is None and is_built() else "reference"
+        backend = "fused" if obstacle is None and is_built() else "reference"
     if backend == "fused" and obstacle is not None:
         raise ValueError(f"optim.backend: got 'fused', expected 'auto' or 'reference', because {obstacle}")
-    backends: dict[str, Callable[[Optimizer], Backend]] = {"fused": Fused, "reference": Reference, "apex": Apex}
-    return backend, backends[backend](optimizer)
+    return backend, BACKENDS[backend](optimizer)
