@@ -5,6 +5,7 @@ always, `0` never. nvcc is that of CUDA_HOME, of the PATH, or of /usr/local/cuda
 """
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,16 @@ def gencode(nvcc: str) -> str:
     return " ".join([*targets, f"-gencode arch=compute_{known[-1]},code=compute_{known[-1]}"])
 
 
+def escaped(path: str | Path) -> str:
+    """Return a path as ninja reads it in a build statement; in a command it quotes such a path for the shell itself."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def quoted(word: str) -> str:
+    """Return one word of a command as ninja reads it, for the shell."""
+    return shlex.quote(word).replace("$", "$$")
+
+
 class BuildCuda(build_ext):
     """Compiles with nvcc, by ninja."""
 
@@ -72,16 +83,16 @@ class BuildCuda(build_ext):
         for made in (folder, output.parent):
             made.mkdir(parents=True, exist_ok=True)
         includes = (pybind11.get_include(), sysconfig.get_paths()["include"])
-        version = f"-DSOFLOW_VERSION='\"{self.distribution.get_version()}\"'"
+        defines = (f'-DSOFLOW_VERSION="{self.distribution.get_version()}"', *(f"-I{path}" for path in includes))
         rules = NINJA.format(
-            nvcc=nvcc,
+            nvcc=quoted(nvcc),
             flags=" ".join(FLAGS),
             gencode=gencode(nvcc),
-            defines=" ".join([version, *(f"-I{path}" for path in includes)]),
+            defines=" ".join(map(quoted, defines)),
         )
         objects = {source: f"{Path(source).name}.o" for source in ext.sources}
-        lines = [f"build {target}: compile {root / source}" for source, target in objects.items()]
-        lines.append(f"build {output}: link {' '.join(objects.values())}")
+        lines = [f"build {target}: compile {escaped(root / source)}" for source, target in objects.items()]
+        lines.append(f"build {escaped(output)}: link {' '.join(objects.values())}")
         (folder / "build.ninja").write_text(rules + "\n".join(lines) + "\n", encoding="utf-8")
         subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)], check=True)
 

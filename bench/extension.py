@@ -8,6 +8,7 @@ kernel and architecture; exits 1 when a kernel spills, 2 without nvcc.
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -37,6 +38,9 @@ class Resources:
 
 def find_nvcc() -> str | None:
     """Return the path of nvcc, or None."""
+    home = os.environ.get("CUDA_HOME")
+    if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin"))):
+        return found
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
@@ -74,7 +78,7 @@ def main() -> int:
     args = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
-        print("error: got no nvcc, expected one on the PATH or in /usr/local/cuda/bin", file=sys.stderr)
+        print("error: got no nvcc, expected one in CUDA_HOME, on the PATH or in /usr/local/cuda/bin", file=sys.stderr)
         return 2
     rows = [row for arch in ARCHITECTURES for row in measure(nvcc, arch)]
     print(f"{'kernel':16}{'arch':8}{'registers':>10}{'shared':>8}{'spills':>8}")

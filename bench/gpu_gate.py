@@ -6,7 +6,7 @@ Needs the repository, a GPU, and a Python with torch and triton; what else a sta
 packages, msgspec and ruamel.yaml, are behind most) is said in its line, and the stage counts as skipped. Stages, each
 in a process of its own with a limit of its own:
 
-    extension   the CUDA extension, built in place where nvcc, pybind11 and ninja are found
+    extension   the CUDA extension, built in place where nvcc, pybind11 and ninja are found, and imported
     tests       tests/gpu under pytest
     sanitizer   compute-sanitizer (memcheck) on the smallest cases of the tests
     kernels     bench.kernels: every fused op against eager PyTorch and torch.compile
@@ -43,6 +43,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from bench.extension import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 GATE_MODELS = ("DiT-B/4", "DiT-L/2")
@@ -144,18 +146,22 @@ def last_line(output: str) -> str:
 
 
 def extension() -> Stage:
-    """The CUDA extension, built in place unless it can be imported."""
-    if is_installed("_soflow_C"):
-        return Stage("extension", "passed", "installed")
+    """The CUDA extension, built in place where that can be, lest an old one be tested; and imported."""
     missing = [name for name in ("setuptools", "pybind11", "ninja") if not is_installed(name)]
-    if missing or (shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")) is None:
-        return Stage("extension", "skipped", f"not installed: {', '.join(missing) or 'nvcc'}")
-    code, output = run(
-        ["env", "SOFLOW_BUILD_CUDA=1", sys.executable, "setup.py", "build_ext", "--inplace"], limit_s=120
-    )
-    if code != 0:
-        print(output[-4000:], flush=True)
-    return Stage("extension", "passed" if code == 0 else "failed", last_line(output))
+    missing += [] if find_nvcc() else ["nvcc"]
+    origin = "built"
+    if not missing:
+        command = ["env", "SOFLOW_BUILD_CUDA=1", sys.executable, "setup.py", "build_ext", "--inplace"]
+        code, output = run(command, limit_s=120)
+        if code != 0:
+            print(output[-4000:], flush=True)
+            return Stage("extension", "failed", last_line(output))
+    elif is_installed("_soflow_C"):
+        origin = f"found; not built anew for want of {', '.join(missing)}"
+    else:
+        return Stage("extension", "skipped", f"not installed: {', '.join(missing)}")
+    code, output = run([sys.executable, "-c", "import _soflow_C"], limit_s=20)
+    return Stage("extension", "passed" if code == 0 else "failed", origin if code == 0 else last_line(output))
 
 
 def tests() -> Stage:

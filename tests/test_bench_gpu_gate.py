@@ -190,3 +190,37 @@ def test_a_broken_off_gate_keeps_what_it_measured(pretended_gpu, monkeypatch, tm
         gpu_gate.main()
     (file,) = tmp_path.iterdir()
     assert [stage["name"] for stage in json.loads(file.read_text(encoding="utf-8"))["stages"]] == ["first"]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """The commands of a stage, which are not run: the exit code of each lies in `codes`, by its last word."""
+    said, codes = [], {}
+
+    def run(command, limit_s):
+        said.append(command)
+        return codes.get(command[-1], 0), "the last line"
+
+    monkeypatch.setattr(gpu_gate, "run", run)
+    return said, codes
+
+
+def test_the_extension_is_built_anew(commands, monkeypatch):
+    said, codes = commands
+    monkeypatch.setattr(gpu_gate, "is_installed", lambda name: True)
+    monkeypatch.setattr(gpu_gate, "find_nvcc", lambda: "/some/nvcc")
+    assert gpu_gate.extension() == Stage("extension", "passed", "built")
+    assert [command[-1] for command in said] == ["--inplace", "import _soflow_C"]
+    codes["--inplace"] = 1
+    assert gpu_gate.extension() == Stage("extension", "failed", "the last line")
+
+
+def test_an_extension_that_cannot_be_built_must_be_one(commands, monkeypatch):
+    _, codes = commands
+    monkeypatch.setattr(gpu_gate, "find_nvcc", lambda: None)
+    monkeypatch.setattr(gpu_gate, "is_installed", lambda name: True)
+    assert gpu_gate.extension() == Stage("extension", "passed", "found; not built anew for want of nvcc")
+    codes["import _soflow_C"] = 1
+    assert gpu_gate.extension() == Stage("extension", "failed", "the last line")
+    monkeypatch.setattr(gpu_gate, "is_installed", lambda name: name != "_soflow_C")
+    assert gpu_gate.extension() == Stage("extension", "skipped", "not installed: nvcc")

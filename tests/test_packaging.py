@@ -1,6 +1,7 @@
 """What an installation gets: the wheel by either route, the locks, the image."""
 
 import importlib.machinery
+import inspect
 import os
 import shutil
 import subprocess
@@ -111,6 +112,34 @@ def test_wheel_with_the_extension(tree: Path, tmp_path: Path):
     code = "import _soflow_C; print(_soflow_C.__file__, _soflow_C.__version__)"
     found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).split()
     assert found == [str(site / f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"), soflow.__version__]
+
+
+STAND_IN = """#!/bin/sh
+case "$1" in --list-gpu-arch) echo compute_90; exit;; esac
+for word; do [ "$last" = -o ] && echo built > "$word"; last=$word; printf '%s\\n' "$word" >> "$0.words"; done
+"""
+
+
+def test_extension_is_built_in_folders_with_spaces(tree: Path, tmp_path: Path):
+    """By the nvcc of CUDA_HOME, here one that only notes what it is told."""
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    checkout, nvcc = tmp_path / "my $checkout", tmp_path / "my cuda" / "bin" / "nvcc"
+    shutil.copytree(tree, checkout, symlinks=True, ignore=shutil.ignore_patterns("build", "dist"))
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(STAND_IN)
+    nvcc.chmod(0o755)
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
+    run(*command, cwd=checkout, SOFLOW_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path / "my cuda"))
+    module = checkout / f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    assert module.read_text() == "built\n"
+    words = nvcc.with_name("nvcc.words").read_text().splitlines()
+    for word in (checkout / "csrc" / "multi_tensor.cu", f'-DSOFLOW_VERSION="{soflow.__version__}"'):
+        assert str(word) in words
+
+
+def test_benches_look_for_nvcc_where_the_build_does():
+    assert inspect.getsource(find_nvcc) in (ROOT / "setup.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
