@@ -219,10 +219,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer: PyTorch's AdamW or RAdam at a constant rate."""
+    """The optimizer: PyTorch's AdamW or RAdam, and its rate over the run."""
 
     name: Annotated[Literal["adamw", "radam"], "optimizer"] = "adamw"
     lr: Annotated[float, "learning rate"] = 1e-4
+    warmup_steps: Annotated[int, "steps over which the rate rises linearly to lr"] = 0
+    schedule: Annotated[
+        Literal["constant", "cosine"], "the rate after that; cosine: falls to 0 at train.total_steps"
+    ] = "constant"
     betas: Annotated[tuple[float, float], "decay of the first and second moment"] = (0.9, 0.99)
     eps: Annotated[float, "added to the root of the second moment"] = 1e-8
     weight_decay: Annotated[float, "weight decay, as torch.optim's optimizer of that name defines it"] = 0.0
@@ -363,6 +367,9 @@ class Config:
         if self.data.augment_p > 0:
             expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
             require("network", "name", self.network.name, self.network.name == "UNet", expected)
+        warmup, total = self.optim.warmup_steps, self.train.total_steps
+        expected = f"from 0 to below train.total_steps, {total}"
+        require("optim", "warmup_steps", warmup, 0 <= warmup < total, expected)
         self._require_what_the_objective_takes()
         self._require_grids_that_can_be_drawn()
 

@@ -87,7 +87,7 @@ class _MomentsOnly:
         trained = [p for p in optimizer.parameters() if p.requires_grad]
         self.moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
         self.grad_norm = torch.zeros((), device=trained[0].device)
-        self.zero_grad = optimizer.zero_grad
+        self.zero_grad, self.param_groups = optimizer.zero_grad, optimizer.param_groups
 
     def step(self) -> None:
         """Leave the gradients to whoever wants to update by them."""

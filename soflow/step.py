@@ -19,6 +19,7 @@ from soflow.meanflow import MeanFlow
 from soflow.monitor import WATCHED
 from soflow.objective import Batch, GuidedObjective, Objective, ObjectiveOutput
 from soflow.optim import Optimizer
+from soflow.optim.schedule import learning_rate
 from soflow.sharding import is_sharded
 from soflow.times import gap_ratio
 
@@ -88,6 +89,9 @@ class TrainingStep:
         self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
     ) -> None:
         """Make the 0-based `step` on this process's samples, those at `positions`, as a feeder gives them."""
+        rate = learning_rate_at(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels, augment_labels))
         self._train(*rows, *self.clock(step))
         self.num_summed += 1
@@ -252,3 +256,8 @@ def gap_ratio_at(config: Config, step: int) -> float:
     """Return the gap r of the 0-based `step` of a run."""
     times = config.times
     return gap_ratio(step, config.train.total_steps, times.gap_init, times.gap_end, times.gap_method)
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """Return the learning rate of the 0-based `step` of a run."""
+    return learning_rate(config.optim, config.train.total_steps, step)

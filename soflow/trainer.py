@@ -31,7 +31,7 @@ from soflow.run_folder import (
 )
 from soflow.sampling import sample, sample_noise
 from soflow.sharding import is_sharded, like, whole
-from soflow.step import SUMMED, gap_ratio_at
+from soflow.step import SUMMED, gap_ratio_at, learning_rate_at
 from soflow.vae import Vae, load_vae
 from soflow.watchdog import Watchdog
 
@@ -198,7 +198,9 @@ class Trainer:
         self.step.num_summed = 0
         if self.config.optim.nonfinite != "step":
             means["skipped_steps"] = skipped
-        return means | {"gap_ratio": gap_ratio_at(self.config, self.finished - 1)}
+        last = self.finished - 1
+        means["learning_rate"] = learning_rate_at(self.config, last)
+        return means | {"gap_ratio": gap_ratio_at(self.config, last)}
 
     def _draw_samples(self, log: NullLog) -> None:
         (channels, height, width), num_classes = self.source.image_shape, self.source.num_classes

@@ -36,6 +36,7 @@ SETTINGS = [
     ("engine.precision=bf16",),
     ("train.accumulation=2", "engine.recompute=norms"),
     ("optim.clip_norm=0.1",),
+    ("optim.warmup_steps=5", "optim.schedule=cosine"),
 ]
 
 
