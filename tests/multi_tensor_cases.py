@@ -280,8 +280,9 @@ def check_follows_what_is_replaced(device: str) -> None:
         before = optimizer.state_dict()["state"][0]["step"].clone()
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         assert optimizer.state_dict()["state"][0]["step"] == before
+        setup.run(range(7, 8))
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, device=device), requires_grad=False)]})
-        setup.run(range(7, 9))
+        setup.run(range(8, 9))
         optimizer.add_param_group({"params": [param], "lr": 0.5})
         param.grad = torch.ones_like(param)
         setup.run(range(9, 11))
