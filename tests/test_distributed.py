@@ -20,6 +20,8 @@ SETTINGS = (
     "train.checkpoint_every=10",
     "network.depth=2",
     "optim.clip_norm=0.5",
+    "optim.warmup_steps=4",
+    "optim.schedule=cosine",
 )
 TIMINGS = {"time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib"}
 
