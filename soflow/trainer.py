@@ -21,6 +21,7 @@ from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
 from soflow.models import NetworkBuilder
 from soflow.monitor import Monitor
+from soflow.optim import build_optimizer
 from soflow.run_folder import (
     RunError,
     checkpoint_meta,
@@ -31,7 +32,7 @@ from soflow.run_folder import (
 )
 from soflow.sampling import sample, sample_noise
 from soflow.sharding import is_sharded, like, whole
-from soflow.step import SUMMED, gap_ratio_at, learning_rate_at
+from soflow.step import SUMMED, choose_capture, gap_ratio_at, learning_rate_at
 from soflow.vae import Vae, load_vae
 from soflow.watchdog import Watchdog
 
@@ -353,3 +354,12 @@ def require_rows_for_all(train: TrainConfig, world_size: int) -> None:
     if train.batch_size < least:
         parts = "the number of processes" if train.accumulation == 1 else "processes times train.accumulation"
         raise RunError(f"train.batch_size: got {train.batch_size}, expected at least {least}, {parts}")
+
+
+def require_update(config: Config, device: torch.device) -> None:
+    """Raise ValueError unless one process can update weights on `device`, and capture its steps, as it is asked to."""
+    # one weight that stands for all: what decides is where they lie, and whether they have shadows
+    weight = torch.nn.Parameter(torch.zeros(1, device=device))
+    shadows = {weight: weight.detach().bfloat16()} if config.engine.precision == "bf16" else {}
+    optimizer = build_optimizer(config.optim, [weight], shadows=shadows)
+    choose_capture(config.engine.cuda_graph, device, 1, optimizer)
