@@ -129,7 +129,9 @@ class ObjectiveConfig:
     fm_ratio: Annotated[float, "share of a batch that trains the velocity (flow matching)"] = 0.75
     cfg_scale: Annotated[float, "guidance strength built into the velocity; 1 is none"] = 1.0
     cfg_decay_time: Annotated[float, "guidance fades out above this time; 1 is never"] = 1.0
-    mix_ratio: Annotated[float, "m: weight of the guided velocity against the predicted one"] = 1.0
+    mix_ratio: Annotated[
+        float, "m: weight of the guided velocity against the predicted one; 1 without guidance, which alone is mixed"
+    ] = 1.0
     label_dropout: Annotated[float, "share of rows trained with the null label"] = 0.0
     loss_p: Annotated[float, "exponent p of the adaptive weight (mse + eps)^-p"] = 1.0
     loss_eps: Annotated[float, "eps of the adaptive weight"] = 0.01
@@ -146,14 +148,14 @@ class ObjectiveConfig:
         )
         require("objective", "loss_p", self.loss_p, 0 <= self.loss_p < math.inf, "a number of at least 0")
         require("objective", "loss_eps", self.loss_eps, 0 < self.loss_eps < math.inf, "a number above 0")
+        because = f"because objective.cfg_scale is {self.cfg_scale}"
         if self.cfg_scale > 1:
-            require(
-                "objective",
-                "label_dropout",
-                self.label_dropout,
-                self.label_dropout > 0,
-                f"above 0, because objective.cfg_scale is {self.cfg_scale} and guidance needs a trained null label",
-            )
+            valid = self.label_dropout > 0
+            expected = f"above 0, {because} and guidance needs a trained null label"
+            require("objective", "label_dropout", self.label_dropout, valid, expected)
+        else:
+            expected = f"1, {because}: only a guided velocity is mixed"
+            require("objective", "mix_ratio", self.mix_ratio, self.mix_ratio == 1, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,6 +406,10 @@ class Config:
             ops, has_derivative = self.engine.ops, self.engine.ops != "fused"
             expected = f"auto or reference, {because}: fused kernels have no forward-mode derivative"
             require("engine", "ops", ops, has_derivative, expected)
+            dropout = self.network.dropout
+            no_dropout = dropout == 0 or (dropout is None and self.network.name != "UNet")
+            expected = f"0, {because}: its derivative would draw another mask; null is 0.3"
+            require("network", "dropout", dropout, no_dropout, expected)
         if name == "flow_matching":
             ratio = self.objective.fm_ratio
             require("objective", "fm_ratio", ratio, ratio == 1, f"1, {because}: every row trains the velocity")

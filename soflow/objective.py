@@ -66,7 +66,8 @@ class GuidedObjective(abc.ABC):
     """A loss of a batch, as callable objective(flow, batch), on the velocity that guidance and mixing make of it.
 
     v = m (v_t + d(t) (cfg_scale - 1) (v_t - v_uncond)) + (1 - m) v_cond, m = mix_ratio, d(t) by `cfg_decay`; raw v_t in
-    rows of the null mask. Every mean square has the weight (mse + loss_eps)^-loss_p. ops: as those of the network.
+    rows of the null mask, and in every row, whatever m, where cfg_scale is 1 or there are no labels, as in the official
+    code. Every mean square has the weight (mse + loss_eps)^-loss_p. ops: as those of the network.
     """
 
     def __init__(

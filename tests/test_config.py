@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from dataclasses import replace
 
 import pytest
 
@@ -155,6 +156,12 @@ def test_guidance_needs_a_null_label():
         )
 
 
+def test_nothing_is_mixed_without_guidance():
+    expected = r"expected 1, because objective.cfg_scale is 1.0: only a guided velocity is mixed$"
+    with pytest.raises(ValueError, match=rf"^objective.mix_ratio: got 0.25, {expected}"):
+        ObjectiveConfig(mix_ratio=0.25)
+
+
 def test_root_belongs_to_latents_only():
     with pytest.raises(ValueError, match=r"^data.root: got None, expected a folder"):
         DataConfig(source="latents")
@@ -189,6 +196,7 @@ def test_augmentation_needs_the_network_that_is_told():
         config(data=DataConfig(source="digits", augment_p=0.1))
 
 
+UNET = NetworkConfig(name="UNet", input_size=32, in_channels=3, num_classes=0)
 MEANFLOW, FLOW_MATCHING = ObjectiveConfig(name="meanflow"), ObjectiveConfig(name="flow_matching", fm_ratio=1.0)
 EULER_STEPS = FlowConfig(sampler="euler")
 
@@ -210,6 +218,8 @@ EULER_STEPS = FlowConfig(sampler="euler")
             {"objective": MEANFLOW, "engine": EngineConfig(ops="fused")},
             r"engine\.ops: got 'fused', expected auto or reference, because objective\.name is meanflow",
         ),
+        ({"objective": MEANFLOW, "network": UNET}, r"network\.dropout: got None, expected 0, because .*; null is 0\.3"),
+        ({"objective": MEANFLOW, "network": replace(UNET, dropout=0.1)}, r"network\.dropout: got 0\.1, expected 0"),
         ({"objective": ObjectiveConfig(name="flow_matching"), "flow": EULER_STEPS}, r"objective\.fm_ratio: got 0\.75"),
         ({"objective": FLOW_MATCHING}, r"flow\.sampler: got 'renoise', expected euler or heun"),
         ({"objective": FLOW_MATCHING, "flow": EULER_STEPS, "times": TimesConfig(t_mean=0.0)}, r"times\.t_mean: got 0"),
@@ -238,6 +248,7 @@ def test_images_need_no_autoencoder():
 
 def test_every_objective_is_accepted_with_what_it_takes():
     config(objective=MEANFLOW, times=TimesConfig(t_mean=-0.4), flow=FlowConfig(sampler="chain"))
+    config(objective=MEANFLOW, network=replace(UNET, dropout=0.0))
     train = TrainConfig(**TRAIN, sample_nfe=2)
     config(objective=FLOW_MATCHING, times=TimesConfig(velocity_mean=0.0), flow=FlowConfig(sampler="heun"), train=train)
 

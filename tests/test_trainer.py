@@ -182,7 +182,7 @@ def test_either_loss_alone_trains(tmp_path, fm_ratio):
 
 
 def test_unconditional_training(tmp_path):
-    overrides = ("network.num_classes=0", "objective.cfg_scale=1.0", "train.sample_every=4")
+    overrides = ("network.num_classes=0", "objective.cfg_scale=1.0", "objective.mix_ratio=1.0", "train.sample_every=4")
     trainer = train(tiny.config(tmp_path, *overrides))
     rows = trainer.source.read(np.arange(len(trainer.step.positions)))
     (batch,) = trainer.step.draw(*rows, *trainer.step.clock(0))
