@@ -29,6 +29,8 @@ from soflow.run_folder import RunError, training_ops
 
 GIB = 2**30
 ACCUMULATIONS = (2, 4, 8, 16)
+# each keeps less than the one before
+RECOMPUTES: tuple[Recompute, ...] = ("none", "norms", "blocks")
 
 
 class CountMemory(TorchDispatchMode):
@@ -168,13 +170,13 @@ def require_memory(
     if needed <= available:
         return needed
     advice = []
-    stronger: tuple[Recompute, ...] = ("norms", "blocks")
-    for recompute in stronger:
-        if config.engine.recompute == "none" and predict(recompute) <= available:
+    for recompute in RECOMPUTES[RECOMPUTES.index(config.engine.recompute) + 1 :]:
+        if predict(recompute) <= available:
             advice.append(f"engine.recompute={recompute}")
             break
     for parts in ACCUMULATIONS:
-        if parts > config.train.accumulation and predict(parts=parts) <= available:
+        has_rows = config.train.accumulation < parts <= config.train.batch_size // world_size
+        if has_rows and predict(parts=parts) <= available:
             advice.append(f"train.accumulation={parts}")
             break
     help_text = f"use {' or '.join(advice)}" if advice else "use a smaller network or more memory"

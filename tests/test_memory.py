@@ -78,7 +78,8 @@ def test_counts_storages_from_birth_to_end():
     [
         ((), 79, "use engine.recompute=norms or train.accumulation=2"),
         ((), 40, "use engine.recompute=blocks or train.accumulation=4"),
-        (("engine.recompute=norms",), 40, "use train.accumulation=2"),
+        (("engine.recompute=norms",), 40, "use engine.recompute=blocks or train.accumulation=2"),
+        (("engine.recompute=blocks",), 15, "use train.accumulation=2"),
         ((), 1, "use a smaller network or more memory"),
     ],
 )
@@ -94,6 +95,29 @@ def test_a_training_that_does_not_fit_is_refused_with_what_helps(tmp_path, monke
     message = f"DiT at batch 256 needs {needed / GIB:.1f} GiB, this GPU has {available}.0: {advice}"
     with pytest.raises(RunError, match=f"^{re.escape(message)}$"):
         require_memory(config, SHAPE, CPU, 1, available=available * GIB)
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(4, 1), (13, 2)])
+def test_advice_gives_every_part_of_every_process_a_row(tmp_path, monkeypatch, batch_size, world_size):
+    tried = []
+
+    def predict(config, shape, device, world_size):
+        tried.append(config.train.accumulation)
+        return predict_peak(config, shape, device, world_size)
+
+    monkeypatch.setattr(memory, "predict_peak", predict)
+    with pytest.raises(RunError, match="use a smaller network or more memory$"):
+        require_memory(tiny.config(tmp_path, f"train.batch_size={batch_size}"), SHAPE, CPU, world_size, available=1000)
+    assert tried == [1, 1, 1, 2, 4]
+
+
+def test_each_process_of_a_prediction_has_the_larger_share(tmp_path):
+    """Of 9 rows two processes have 4 and 5."""
+
+    def predict(batch_size, world_size):
+        return predict_peak(tiny.config(tmp_path, f"train.batch_size={batch_size}"), SHAPE, CPU, world_size)
+
+    assert predict(9, 2) == predict(5, 1) > predict(4, 1)
 
 
 def test_a_unet_that_does_not_fit_is_told_what_helps(tmp_path, monkeypatch):
