@@ -7,14 +7,24 @@ YAML files and the overrides of the command line into these classes.
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 # the autoencoder of the paper's latents
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"
-# the relative width of a power-function profile of exponent 0, a plain mean
+# What is beyond fits neither the numbers of a tensor nor those of the clock.
+MAX_INT = 2**63 - 1
+MAX_FLOAT = 1e9
+# the relative width of a power-function profile of exponent 0, a plain mean, and one of exponent 10^4, the last weights
 MAX_SIGMA_REL = 12**-0.5
+MIN_SIGMA_REL = 1e-4
+# of a network: what is larger overflows the sizes of tensors, or never comes to an end
+MAX_SIZE = 2**16
+MAX_FACTOR = 2**10
+MAX_THREADS = 2**12
+# batches, or noises of an image, that are in memory at once
+MAX_AT_ONCE = 2**10
 Sampler = Literal["renoise", "chain", "euler", "heun"]
 VELOCITY_SAMPLERS: tuple[Sampler, ...] = ("euler", "heun")
 # what each objective trains a network for: renoise and chain take solutions between two times
@@ -67,6 +77,17 @@ def require_calls(name: str, nfe: int, sampler: Sampler) -> None:
     require("", name, nfe, valid, "an even number, because the sampler heun makes two calls per step")
 
 
+def require_bounded(section: str, name: str, value: Any) -> None:
+    """Raise ValueError for a value of a field that is of no use in any: a huge number, NaN, text with a NUL."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, int):
+            require(section, name, value, abs(part) <= MAX_INT, "an integer below 2**63")
+        elif isinstance(part, float):
+            require(section, name, value, abs(part) <= MAX_FLOAT, f"a finite number of at most {MAX_FLOAT:.0f}")
+        elif isinstance(part, str):
+            require(section, name, value, "\0" not in part, "text without the character NUL")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Which network, for which images. A preset (`DiT-B/4`, ...) fixes the shape; the name `DiT` needs it in full."""
@@ -102,6 +123,15 @@ class NetworkConfig:
             for name in (shape_field.name for shape_field in fields(self) if shape_field.default is None):
                 value = getattr(self, name)
                 require("network", name, value, value is None, "nothing, because network.name is own")
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                require("network", name, value, value <= MAX_SIZE, f"an integer of at most {MAX_SIZE}")
+        if self.mlp_ratio is not None:
+            valid = 0 < self.mlp_ratio <= MAX_FACTOR
+            require("network", "mlp_ratio", self.mlp_ratio, valid, f"above 0 and at most {MAX_FACTOR}")
+        if self.channel_mult is not None:
+            valid = max(self.channel_mult, default=1) <= MAX_FACTOR
+            require("network", "channel_mult", self.channel_mult, valid, f"factors of at most {MAX_FACTOR}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +246,8 @@ class DataConfig:
         require("data", "augment_p", self.augment_p, 0 <= self.augment_p <= 1, "a number from 0 to 1")
         if self.source in LATENT_SOURCES:
             require("data", "augment_p", self.augment_p, self.augment_p == 0, f"0, {because}: it changes images")
-        require("data", "prefetch", self.prefetch, self.prefetch >= 1, "an integer of at least 1")
+        valid = 1 <= self.prefetch <= MAX_AT_ONCE
+        require("data", "prefetch", self.prefetch, valid, f"an integer from 1 to {MAX_AT_ONCE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +303,9 @@ class EmaConfig:
         require("ema", "decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
         require("ema", "every", self.every, self.every >= 1, "an integer of at least 1")
         if self.sigma_rel is not None:
-            valid = 0 < self.sigma_rel <= MAX_SIGMA_REL
-            require("ema", "sigma_rel", self.sigma_rel, valid, f"above 0 and at most {MAX_SIGMA_REL:.4f}, or null")
+            valid = MIN_SIGMA_REL <= self.sigma_rel <= MAX_SIGMA_REL
+            expected = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}, or null"
+            require("ema", "sigma_rel", self.sigma_rel, valid, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,6 +330,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "accumulation", "log_every", "sample_nfe", "checkpoint_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        calls_valid = self.sample_nfe <= MAX_AT_ONCE
+        require("train", "sample_nfe", self.sample_nfe, calls_valid, f"an integer of at most {MAX_AT_ONCE}")
         for name in ("sample_every", "keep_last", "keep_every"):
             require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
 
@@ -334,7 +368,8 @@ class EngineConfig:
         for name in ("timeout_s", "grace_s"):
             require("engine", name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number above 0")
         if self.threads is not None:
-            require("engine", "threads", self.threads, self.threads >= 1, "an integer of at least 1, or null")
+            valid = 1 <= self.threads <= MAX_THREADS
+            require("engine", "threads", self.threads, valid, f"an integer from 1 to {MAX_THREADS}, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +390,12 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        for section, part in vars(self).items():
+            if is_dataclass(part):
+                for name, value in vars(part).items():
+                    require_bounded(section, name, value)
+            else:
+                require_bounded("", section, part)
         name_valid = re.fullmatch(r"[A-Za-z0-9._-]+", self.name) is not None and self.name not in (".", "..")
         require("", "name", self.name, name_valid, "letters, digits, '.', '_' and '-' only")
         require("", "seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")

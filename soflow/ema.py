@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from soflow.config import MAX_SIGMA_REL, EmaConfig
+from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, EmaConfig
 from soflow.sharding import local
 
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
@@ -61,11 +61,12 @@ class Ema(Generic[AnyNetwork]):
 def power_exponent(sigma_rel: float) -> float:
     """Return gamma of the profile p(tau) ~ tau^gamma on [0, t] whose standard deviation is sigma_rel t.
 
-    sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), 12^-0.5 at gamma 0 and falling; else ValueError.
+    sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), 12^-0.5 at gamma 0 and falling to 1e-4 at 10^4; beyond
+    either ValueError.
     Source: arXiv:2312.02696, section 3 and appendix C.
     """
-    if not 0.0 < sigma_rel <= MAX_SIGMA_REL:
-        raise ValueError(f"sigma_rel: got {sigma_rel}, expected above 0 and at most {MAX_SIGMA_REL:.4f}")
+    if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
+        raise ValueError(f"sigma_rel: got {sigma_rel}, expected from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}")
     # squared and multiplied out: a cubic, whose largest root is the one with gamma >= 0
     ratio = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - ratio, 12.0 - ratio])

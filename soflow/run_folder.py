@@ -140,7 +140,8 @@ def build_flow(
 ) -> SolutionFlow:
     """Build the network, which computes with `ops`, and the flow around it.
 
-    own: what builds the network that is called own; ValueError where it is missing or not asked for.
+    own: what builds the network that is called own; ValueError where it is missing or not asked for, and for a shape
+    that cannot be built, with the field of `network`.
     """
     if own is not None and network.name != "own":
         raise ValueError(f"network.name: got {network.name!r}, expected 'own', because a network was handed over")
@@ -154,7 +155,10 @@ def build_flow(
         )
     else:
         shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-        built = build_network(**shape, ops=ops)
+        try:
+            built = build_network(**shape, ops=ops)
+        except ValueError as error:
+            raise ValueError(f"network.{error}") from error
     return SolutionFlow(built, flow.path, flow.parameterization, flow.sampler)
 
 

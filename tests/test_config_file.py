@@ -181,6 +181,12 @@ def test_unknown_fields_name_the_nearest(override, suggestion):
         ("flow.path=[linear]", "flow.path: got ['linear'], expected one of linear, trig"),
         ("flow=linear", "flow: got 'linear', expected a section with path, parameterization, sampler"),
         ("train.batch_size=0", "train.batch_size: got 0, expected an integer of at least 1"),
+        (f"train.total_steps={2**63}", f"train.total_steps: got {2**63}, expected an integer below 2**63"),
+        (f"network.channel_mult=[1, -{2**63}]", f"network.channel_mult: got (1, -{2**63}), expected an integer below"),
+        ("network.mlp_ratio=.nan", "network.mlp_ratio: got nan, expected above 0 and at most 1024"),
+        ("times.t_mean=-1e10", "times.t_mean: got -10000000000.0, expected a finite number of at most 1000000000"),
+        ("optim.lr=1e300", "optim.lr: got 1e+300, expected a finite number of at most 1000000000"),
+        ('output_dir="\\0"', "output_dir: got '\\x00', expected text without the character NUL"),
         (
             "objective.cfg_scale=2",
             "objective.label_dropout: got 0.0, expected above 0, because objective.cfg_scale is 2.0",
@@ -190,6 +196,11 @@ def test_unknown_fields_name_the_nearest(override, suggestion):
 def test_wrong_values_say_field_value_and_expectation(override, problem):
     message = refusal(TEXT, override)
     assert message.startswith(f"my.yaml with {override}: {problem}")
+
+
+def test_numbers_at_the_bounds_are_accepted():
+    config = parse_config(TEXT, "my.yaml", [f"seed={2**63 - 1}", "engine.timeout_s=1e9", "engine.grace_s=1000000000"])
+    assert (config.seed, config.engine.timeout_s, config.engine.grace_s) == (2**63 - 1, 1e9, 1e9)
 
 
 def test_all_problems_are_reported_at_once():

@@ -387,8 +387,9 @@ def _resolutions(img_resolution: int, channel_mult: Sequence[int], attn_resoluti
     factors_valid = len(channel_mult) > 0 and all(factor >= 1 for factor in channel_mult)
     _require("channel_mult", channel_mult, factors_valid, "at least one factor, each at least 1")
     divisor = 2 ** (len(channel_mult) - 1)
-    divisible = img_resolution >= 1 and img_resolution % divisor == 0
-    _require("img_resolution", img_resolution, divisible, f"a multiple of {divisor}, for channel_mult {channel_mult}")
+    _require("img_resolution", img_resolution, img_resolution >= 1, "at least 1")
+    fewer = f"fewer factors, because {img_resolution} pixels are no multiple of {divisor}"
+    _require("channel_mult", channel_mult, img_resolution % divisor == 0, fewer)
     resolutions = [img_resolution >> level for level in range(len(channel_mult))]
     _require("attn_resolutions", attn_resolutions, set(attn_resolutions) <= set(resolutions), f"some of {resolutions}")
     return resolutions
