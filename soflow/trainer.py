@@ -360,6 +360,8 @@ def require_update(config: Config, device: torch.device) -> None:
     """Raise ValueError unless one process can update weights on `device`, and capture its steps, as it is asked to."""
     # one weight that stands for all: what decides is where they lie, and whether they have shadows
     weight = torch.nn.Parameter(torch.zeros(1, device=device))
-    shadows = {weight: weight.detach().bfloat16()} if config.engine.precision == "bf16" else {}
+    shadows: dict[Tensor, Tensor] = {}
+    if config.engine.precision == "bf16":
+        shadows[weight] = weight.detach().bfloat16()
     optimizer = build_optimizer(config.optim, [weight], shadows=shadows)
     choose_capture(config.engine.cuda_graph, device, 1, optimizer)
