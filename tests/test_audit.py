@@ -26,6 +26,7 @@ from soflow.audit import (
 )
 from soflow.models import Network
 from soflow.rounding import ROUNDED
+from soflow.times import MIN_GAP
 
 HALVES = tuple(2.0**-k for k in range(1, 11))
 
@@ -168,6 +169,14 @@ def test_audit_over_training(tmp_path):
     assert found[0].gaps != found[1].gaps
     with pytest.raises(AuditError, match=r"checkpoint of step 4, expected one of 3, 6, 8"):
         audit(run, [3, 4], 4, 1)
+
+
+def test_a_gap_below_the_least_is_audited_at_the_least(tmp_path):
+    run = test_trainer.train(tiny.config(tmp_path, "times.gap_end=1e-9"), until=8).folder.path
+    (found,) = audit(run, "newest", samples=4, seed=1)
+    assert found.r < 1e-7
+    assert found.gaps[-1].r == pytest.approx(MIN_GAP)
+    assert all(math.isfinite(errors.bias) for errors in found.gaps)
 
 
 def test_run_without_checkpoints_is_refused(tmp_path):

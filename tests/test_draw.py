@@ -58,6 +58,14 @@ def test_null_mask_has_the_asked_share():
     assert draw(list(range(100)), label_dropout=1.0).null_mask.all()
 
 
+def test_null_mask_is_drawn_apart_from_the_times():
+    batch = draw(list(range(4000)), num_velocity=2000)
+    for rows, times in ((slice(2000), batch.t), (slice(2000, None), batch.t), (slice(2000, None), batch.s)):
+        logit, null = torch.logit(times[rows].double()), batch.null_mask[rows]
+        assert logit[null].mean() == pytest.approx(logit[~null].mean().item(), abs=0.2)
+        assert logit[null].std() == pytest.approx(logit[~null].std().item(), rel=0.15)
+
+
 def test_posterior_is_sampled_anew_each_step():
     std = torch.full((3, 2, 4, 4), 0.5)
     first, second = draw([0, 1, 2], std=std), draw([0, 1, 2], step=6, std=std)

@@ -68,6 +68,14 @@ def test_blocks_are_copies_in_bfloat16_and_the_rest_is_shared(network):
     assert len(shadows) == len(inside) > 0.5 * len(list(network.parameters()))
 
 
+def test_a_frozen_weight_has_a_frozen_shadow(network):
+    frozen, *others = (p for module in network.bf16_modules() for p in module.parameters())
+    frozen.requires_grad_(False)
+    _, shadows = working_copy(network, "bf16")
+    assert not shadows[frozen].requires_grad
+    assert all(shadows[master].requires_grad for master in others)
+
+
 def test_losses_and_gradients_are_those_of_float32_to_bf16_rounding(network):
     working, shadows = working_copy(network, "bf16")
     objective, batch = Objective(), random_batch()

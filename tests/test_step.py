@@ -133,6 +133,14 @@ def test_accumulated_parts_are_the_batch(tmp_path, name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_parts_of_unequal_size_weigh_by_their_rows(tmp_path, count):
+    settings = ("train.batch_size=13", "objective.fm_ratio=0.4")
+    whole, parts = trained(tmp_path, *settings), trained(tmp_path, *settings, f"train.accumulation={count}")
+    assert len({len(part.share) for part in parts.step.parts}) > 1
+    torch.testing.assert_close(parts.step.sums, whole.step.sums, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("recompute", ["norms", "blocks"])
 @pytest.mark.parametrize("settings", [(), tiny.UNET], ids=["DiT", "UNet"])
 def test_recomputed_training_has_the_same_bits(tmp_path, settings, recompute):

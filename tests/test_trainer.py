@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import latent_folders
 import numpy as np
@@ -15,15 +16,17 @@ import torch
 from PIL import Image
 
 from soflow import checkpoint
-from soflow.config import Config
+from soflow.config import Config, EngineConfig
 from soflow.config_file import ConfigError, dump_config, load_config
 from soflow.data import ArraySource, DataError, DigitsSource
 from soflow.distributed import Processes
 from soflow.images import to_uint8
+from soflow.log import NullLog
 from soflow.run_folder import RunError, load_flow
 from soflow.sampling import sample, sample_noise
+from soflow.step import gap_ratio_at
 from soflow.times import at_least_gap
-from soflow.trainer import DivergedError, Trainer
+from soflow.trainer import DivergedError, Trainer, configure_torch
 from soflow.vae import VaeError, load_vae
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -154,6 +157,12 @@ def test_method_is_watched(tmp_path):
     assert first["method/guidance_collapse"] == 0
     (line, *_) = metrics(train(tiny.config(tmp_path / "velocity", "objective.fm_ratio=1.0")))
     assert not [name for name in line if name.startswith("method/")]
+
+
+def test_the_gap_of_the_log_is_that_of_the_last_step(tmp_path):
+    config = tiny.config(tmp_path)
+    lines = metrics(train(config))
+    assert [line["gap_ratio"] for line in lines] == [gap_ratio_at(config, line["step"] - 1) for line in lines]
 
 
 def test_collapse_is_told_once_and_survives_a_resume(tmp_path, monkeypatch, capsys):
@@ -299,6 +308,15 @@ def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
     assert checkpoint.newest(trainer.folder.checkpoints) is None
 
 
+def test_a_save_between_two_lines_of_the_log_refuses_a_loss_that_is_not_finite(tmp_path):
+    trainer = Trainer(tiny.config(tmp_path), ALONE)
+    with torch.no_grad():
+        trainer.flow.network.final_layer.linear.bias.fill_(float("nan"))
+    with pytest.raises(DivergedError, match="step 2: the loss is not finite; no checkpoint was written"):
+        trainer.fit(until=2)
+    assert checkpoint.newest(trainer.folder.checkpoints) is None
+
+
 def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
     """Weights, averages and the means of the log are those of the other steps; a run of nothing else stops."""
     trainer = Trainer(
@@ -424,6 +442,34 @@ def test_gradient_clipping_bounds_the_step(tmp_path):
 def test_sample_grids_are_drawn_from_the_average(tmp_path):
     trainer = train(tiny.config(tmp_path, "train.sample_every=4"))
     assert sorted(f.name for f in Path(trainer.folder.samples).iterdir()) == ["step-00000004.png", "step-00000008.png"]
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "rows"), [(3, range(3)), (10, range(10)), (25, range(0, 20, 2)), (1000, range(0, 1000, 100))]
+)
+def test_the_rows_of_a_grid_are_classes_from_all_over(tmp_path, monkeypatch, num_classes, rows):
+    trainer, drawn = Trainer(tiny.config(tmp_path), ALONE), []
+
+    def draw(flow, labels, shape, *rest):
+        drawn.append(labels.tolist())
+        return torch.zeros(shape)
+
+    monkeypatch.setattr("soflow.trainer.sample", draw)
+    trainer.source = SimpleNamespace(image_shape=(1, 8, 8), num_classes=num_classes)
+    trainer._draw_samples(NullLog())
+    assert drawn == [[label for label in rows for _ in range(10)]]
+
+
+def test_products_in_tf32_are_those_of_that_precision_alone():
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for precision in ("tf32", "fp32", "tf32", "bf16"):
+            configure_torch(EngineConfig(precision=precision))
+            assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 OBJECTIVES = {
@@ -559,10 +605,12 @@ def test_latents_that_are_not_finite_stop_the_run_with_their_numbers(tmp_path):
     latents[5, 0, 1, 1] = np.nan
     entry = latent_folders.write_npy(tmp_path / "latents" / "latents-00000.npy", latents)
     latent_folders.rewrite_manifest(tmp_path / "latents", shards=[entry])
-    trainer = Trainer(latents_config(tmp_path / "runs", tmp_path / "latents"), ALONE)
-    with pytest.raises(DataError, match=r"samples 5 hold NaN or infinity \(steps 0 to 2\)"):
-        trainer.fit()
-    assert not list(trainer.folder.checkpoints.glob("step-*"))
+    # at a line of the log, and at a checkpoint before it
+    for until in (3, 2):
+        trainer = Trainer(latents_config(tmp_path / "runs", tmp_path / "latents"), ALONE)
+        with pytest.raises(DataError, match=rf"samples 5 hold NaN or infinity \(steps 0 to {until - 1}\)"):
+            trainer.fit(until)
+        assert not list(trainer.folder.checkpoints.glob("step-*"))
 
 
 def test_a_killed_trainer_leaves_no_process(tmp_path):

@@ -1,0 +1,17 @@
+"""The parts of a training: the weights they begin with."""
+
+import tiny
+import torch
+
+from soflow.assembly import initial_flow
+from soflow.kernels import reference
+
+
+def test_initial_weights_are_those_of_the_seed(tmp_path):
+    def weights(seed):
+        torch.rand(1)  # whatever was drawn before
+        return initial_flow(tiny.config(tmp_path, f"seed={seed}"), reference).network.state_dict()
+
+    first, again, other = weights(3), weights(3), weights(4)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
