@@ -17,7 +17,6 @@ from torch import Tensor
 from soflow.kernels import reference
 from soflow.streams import AUGMENT_NORMAL_STREAM, AUGMENT_UNIFORM_STREAM
 
-NUM_LABELS = 6
 SCALE_STD = ANISO_STD = 0.2  # of the binary logarithm
 ANISO_ROTATE_PROBABILITY = 0.5
 TRANSLATE_STD = 0.125  # of the side of the image
