@@ -36,18 +36,22 @@ FREE_FIELDS = {
 # What a stored configuration says of its grids is of no use: one refused by now must not keep the run from being read.
 NO_GRIDS = ("train.sample_every=0",)
 
+# what a run writes before its config.yaml, and may leave without it
+BEFORE_CONFIG = ("lock", "config.yaml.tmp")
+
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked; the message names the folder and what differs."""
 
 
 class RunFolder:
-    """Paths of one run below `path`: config.yaml, status.json, metrics.jsonl, tensorboard/, samples/, checkpoints/."""
+    """Paths of one run below `path`: config.yaml, lock, status.json, metrics.jsonl, tensorboard/, samples/, checkpoints/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = path / "config.yaml"
         self.status = path / "status.json"
+        self.lock = path / "lock"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
 
@@ -55,21 +59,45 @@ class RunFolder:
         """Return the configuration that the run was made with, less its sample grids; ConfigError as `load_config`."""
         return load_config(self.config, NO_GRIDS)
 
-    def create(self, config: Config) -> None:
-        """Make the folder and write `config` there, unless that was done before; OSError where it cannot be written."""
-        self.samples.mkdir(parents=True, exist_ok=True)
+    def newest_step(self) -> int:
+        """Return the highest step of a checkpoint there, sound or not; 0 where there is none."""
+        return max(checkpoint.saved_steps(self.checkpoints), default=0)
+
+    def require_free_for(self, config: Config) -> None:
+        """Raise RunError where the folder is another configuration's, or no run folder; writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path}: got a file, expected a run folder or nothing; choose another name")
+        if self.config.exists():
+            _require_same(config, self.read_config(), str(self.path))
+        elif self.path.exists() and any(path.name not in BEFORE_CONFIG for path in self.path.iterdir()):
+            raise RunError(f"{self.path}: got a folder without config.yaml that is not empty; choose another name")
+
+    def claim(self, config: Config, newest_step: int) -> None:
+        """Write `config` there, unless that was done before; only for who holds the lock.
+
+        newest_step: what `newest_step` returned before the state was read. Raises RunError where another job made the
+        folder its own since, or saved there, and OSError where the folder cannot be written.
+        """
+        self.require_free_for(config)
+        if self.newest_step() != newest_step:
+            raise RunError(
+                f"{self.checkpoints}: got step {self.newest_step()} as the newest, expected {newest_step}, as when it "
+                "was read: another job trained there meanwhile; start this one again"
+            )
         if not self.config.exists():
             with replacing(self.config) as partial:
                 partial.write_text(dump_config(config), encoding="utf-8")
+        self.samples.mkdir(exist_ok=True)
 
     @contextmanager
     def locked(self, warn: Callable[[str], None]) -> Iterator[None]:
-        """Keep every other process from training in this folder; a process that dies keeps nobody out.
+        """Make the folder and keep every other process from training there; a process that dies keeps nobody out.
 
         Raises RunError naming who trains there, and OSError where the folder cannot be written. Where the file system
         has no locks, this is said and nothing is kept.
         """
-        with (self.path / "lock").open("a+", encoding="utf-8") as file:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.lock.open("a+", encoding="utf-8") as file:
             try:
                 # a lock of POSIX: of the process, not of the file that a child process would keep open
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,12 +127,7 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
     Raises RunError for a folder of another configuration, or one that is no run folder.
     """
     folder = RunFolder(config.folder)
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"{folder.path}: got a file, expected a run folder or nothing; choose another name")
-    if folder.config.exists():
-        _require_same(config, folder.read_config(), str(folder.path))
-    elif folder.path.exists() and any(folder.path.iterdir()):
-        raise RunError(f"{folder.path}: got a folder without config.yaml that is not empty; choose another name")
+    folder.require_free_for(config)
     if resume is None:
         return folder, checkpoint.newest(folder.checkpoints, warn)
     checkpoint.verify(resume)

@@ -24,6 +24,7 @@ from soflow.monitor import Monitor
 from soflow.optim import build_optimizer
 from soflow.run_folder import (
     RunError,
+    RunFolder,
     checkpoint_meta,
     find_run,
     require_own_checkpoint,
@@ -85,10 +86,12 @@ class Trainer:
 
         self.monitor = Monitor()
         self.finished = 0
-        self.folder, start = self._on_first(lambda: find_run(config, resume, print))
+        # noted before the state is read: `fit` finds out under the lock whether it is still that of the folder
+        self._newest, (self.folder, start) = self._on_first(
+            lambda: (RunFolder(config.folder).newest_step(), find_run(config, resume, print))
+        )
         if start is not None:
             self._restore(start)
-        self._on_first(lambda: self.folder.create(config))
         self._snapshots = checkpoint.Snapshots()
 
     def fit(self, until: int | None = None) -> bool:
@@ -102,6 +105,7 @@ class Trainer:
         last = config.train.total_steps if until is None else min(until, config.train.total_steps)
         with ExitStack() as stack:
             self._on_first(lambda: stack.enter_context(self.folder.locked(print)))
+            self._on_first(lambda: self.folder.claim(config, self._newest))
             self._write_status("running", "")
             try:
                 with Watchdog(self.processes, config.engine.timeout_s, config.engine.grace_s) as watchdog:
@@ -113,6 +117,8 @@ class Trainer:
                 raise
             complete = self.finished == config.train.total_steps
             self._write_status("complete" if complete else "stopped", watchdog.stop_signal or "")
+            if self.processes.is_first:
+                self._newest = self.folder.newest_step()
         return complete
 
     def _run(self, last: int, watchdog: Watchdog) -> None:

@@ -262,6 +262,29 @@ def test_resume_from_a_named_checkpoint(tmp_path):
         Trainer(config, ALONE, resume=start)
 
 
+def test_a_trainer_goes_on_from_no_state_that_another_left_behind_meanwhile(tmp_path):
+    config = tiny.config(tmp_path, "train.log_every=2")
+    late, whole = Trainer(config, ALONE), train(config)
+    before = metrics(whole)
+    with pytest.raises(RunError, match=r"got step 8 as the newest, expected 0, .* another job trained there meanwhile"):
+        late.fit(until=5)
+    assert metrics(whole) == before
+    assert json.loads(whole.folder.status.read_text())["state"] == "complete"
+
+
+def test_a_trainer_takes_no_folder_that_became_another_configuration_s(tmp_path):
+    late = Trainer(tiny.config(tmp_path, "seed=4"), ALONE)
+    first = train(tiny.config(tmp_path), until=0)
+    with pytest.raises(RunError, match="seed: 3, 4"):
+        late.fit()
+    assert not first.folder.checkpoints.exists()
+
+
+def test_a_trainer_that_was_not_started_leaves_nothing(tmp_path):
+    Trainer(tiny.config(tmp_path), ALONE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_from_nowhere_leaves_nothing(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="nowhere"):
         Trainer(tiny.config(tmp_path), ALONE, resume=tmp_path / "nowhere")
