@@ -87,7 +87,12 @@ def _train_parser() -> argparse.ArgumentParser:
         metavar="section.field=value",
         help="changes to it; the value is read as YAML",
     )
-    parser.add_argument("--resume", type=Path, metavar="STEP_FOLDER", help="continue from this checkpoint of the run")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="STEP_FOLDER",
+        help="continue from this checkpoint of the run and drop later ones",
+    )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
         "--dry-run", action="store_true", help="build everything, say what would be trained, write nothing"
@@ -120,7 +125,8 @@ def _train(args: argparse.Namespace) -> int:
             trainer = Trainer(config, processes, args.resume)
             complete = trainer.fit()
             if processes.is_first:
-                end = "complete" if complete else "stopped, the same command continues it"
+                again = "the same command" if args.resume is None else "the same command without --resume"
+                end = "complete" if complete else f"stopped, {again} continues it"
                 print(f"{trainer.folder.path}: step {trainer.finished}, {end}")
     except (DivergedError, PeerError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -45,7 +45,7 @@ class RunError(ValueError):
 
 
 class RunFolder:
-    """Paths of one run below `path`: config.yaml, lock, status.json, metrics.jsonl, tensorboard/, samples/, checkpoints/."""
+    """Paths of a run in `path`: config.yaml, lock, status.json, metrics.jsonl, tensorboard/, samples/, checkpoints/."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -50,7 +50,8 @@ class DivergedError(RuntimeError):
 class Trainer:
     """Trains one run from its configuration to its last step, and continues it from its last checkpoint.
 
-    resume: a step folder to continue from; None takes the newest sound one of the run, if there is any.
+    resume: a step folder to continue from; None takes the newest sound one of the run, if there is any. Later ones are
+    dropped when the training goes on.
     source: the data set, where data.source is own; the same in every process.
     network: what builds the network, where network.name is own: called with input_size, in_channels, num_classes, ops.
     Raises ValueError (RunError, CheckpointError, DataError, VaeError) or OSError before anything is overwritten.
@@ -109,7 +110,9 @@ class Trainer:
             self._write_status("running", "")
             try:
                 with Watchdog(self.processes, config.engine.timeout_s, config.engine.grace_s) as watchdog:
-                    self._run(last, watchdog)
+                    if self.finished < last:
+                        self._on_first(self._forget_later)
+                        self._run(last, watchdog)
             except BaseException as error:
                 # a disk that refused a checkpoint may refuse this too
                 with suppress(OSError):
@@ -250,6 +253,11 @@ class Trainer:
         if failure is not None:
             raise failure
         return result  # type: ignore[return-value]
+
+    def _forget_later(self) -> None:
+        # before the log is cut back: whatever is left of them must not be continued by lines that are gone
+        for path in checkpoint.drop_later(self.folder.checkpoints, self.finished):
+            print(f"dropped {path}: later than step {self.finished}, where the training goes on")
 
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path)

@@ -29,6 +29,7 @@ from soflow.checkpoint import (
     CheckpointError,
     Snapshots,
     Writer,
+    drop_later,
     infer_dit_shape,
     infer_unet_shape,
     is_unet,
@@ -37,6 +38,7 @@ from soflow.checkpoint import (
     newest,
     save,
     save_official,
+    saved_steps,
 )
 from soflow.models import build_network
 
@@ -276,6 +278,21 @@ def test_tensors_that_are_alone_in_their_memory_are_not_copied():
 
 
 # ---------------------------------------------------------------- newest
+
+
+def test_later_folders_are_dropped_sound_or_not_the_highest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folders = [write(tmp_path, step) for step in (1, 2, 3, 4)]
+    (folders[3] / "MANIFEST.json").write_text("damaged")
+    assert drop_later(tmp_path, 4) == []
+    assert (tmp_path / "LATEST").exists()
+    renamed = []
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda path, to: renamed.append(path) or rename(path, to))
+    assert drop_later(tmp_path, 2) == renamed == [folders[3], folders[2]]
+    assert list(saved_steps(tmp_path)) == [1, 2]
+    assert not (tmp_path / "LATEST").exists()
+    write(tmp_path, 5)
+    assert sorted(path.name for path in tmp_path.iterdir())[1:] == [f"step-0000000{step}" for step in (1, 2, 5)]
 
 
 def test_newest_does_not_rely_on_latest(tmp_path: Path):

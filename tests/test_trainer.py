@@ -272,6 +272,36 @@ def test_a_trainer_goes_on_from_no_state_that_another_left_behind_meanwhile(tmp_
     assert json.loads(whole.folder.status.read_text())["state"] == "complete"
 
 
+def test_a_run_that_was_taken_back_goes_on_from_there(tmp_path, capsys):
+    """Stopped right after, the same configuration continues it; not what the run once was. No line is missing."""
+    config = tiny.config(tmp_path / "parts", "train.checkpoint_every=4", "train.log_every=1")
+    checkpoints = train(config).folder.checkpoints
+    back = Trainer(config, ALONE, resume=checkpoints / "step-00000004")
+    back.fit(until=4)  # no step, nothing taken back
+    assert checkpoint.newest(checkpoints).name == "step-00000008"
+    assert len(metrics(back)) == 8
+    back.fit(until=5)
+    assert "dropped" in capsys.readouterr().out
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["LATEST", "step-00000004", "step-00000005"]
+    again = Trainer(config, ALONE)
+    assert again.finished == 5
+    again.fit()
+    assert_same_state(again, train(tiny.config(tmp_path / "whole", "train.log_every=1")))
+
+
+def test_a_run_that_is_killed_when_it_was_just_taken_back_has_no_gap(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, "train.checkpoint_every=4", "train.log_every=1")
+    checkpoints = train(config).folder.checkpoints
+    with monkeypatch.context() as killed:
+        killed.setattr(Trainer, "_train_step", lambda self: os.kill(os.getpid(), signal.SIGKILL))
+        child = os.fork()
+        if child == 0:
+            Trainer(config, ALONE, resume=checkpoints / "step-00000004").fit()
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    again = train(config)
+    assert [line["step"] for line in metrics(again)] == list(range(1, 9))
+
+
 def test_a_trainer_takes_no_folder_that_became_another_configuration_s(tmp_path):
     late = Trainer(tiny.config(tmp_path, "seed=4"), ALONE)
     first = train(tiny.config(tmp_path), until=0)

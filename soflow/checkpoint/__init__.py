@@ -11,7 +11,7 @@ from soflow.checkpoint.official import (
     load_official,
     save_official,
 )
-from soflow.checkpoint.steps import Checkpoint, load, newest, read, save, saved_steps, verify
+from soflow.checkpoint.steps import Checkpoint, drop_later, load, newest, read, save, saved_steps, verify
 from soflow.checkpoint.writer import Snapshots, Writer
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Snapshots",
     "UNetShape",
     "Writer",
+    "drop_later",
     "infer_dit_shape",
     "infer_unet_shape",
     "is_unet",

@@ -162,6 +162,21 @@ def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Path | No
     return None
 
 
+def drop_later(root: Path, step: int) -> list[Path]:
+    """Set the folders of steps after `step`, sound or not, aside, where no reader looks; the next `save` deletes them.
+
+    Returns what they were called. Raises OSError where the disk refuses; the earlier of them may then still be there.
+    """
+    later = [path for number, path in _step_folders(root) if number > step]
+    # the highest first: wherever this is interrupted, the newest that is left is older than what was the newest
+    for path in later:
+        _set_aside(path)
+    if later:
+        (root / LATEST).unlink(missing_ok=True)
+        sync(root)
+    return later
+
+
 def saved_steps(root: Path) -> dict[int, Path]:
     """Return the step folders below `root`, sound or not, by their number, the earliest first."""
     return dict(reversed(_step_folders(root)))
