@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from soflow import checkpoint, kernels
-from soflow.checkpoint import Checkpoint, CheckpointError, replacing
+from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
 from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.export import Trained, is_export, read_export
@@ -97,20 +97,22 @@ class RunFolder:
         has no locks, this is said and nothing is kept.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.lock.open("a+", encoding="utf-8") as file:
+        # unbuffered: what a full disk refuses would be tried again, and raise without a name, when the file is closed
+        with self.lock.open("a+b", buffering=0) as file:
             try:
                 # a lock of POSIX: of the process, not of the file that a child process would keep open
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     file.seek(0)
-                    raise RunError(f"{self.path}: {file.read().strip()} trains there, expected nobody") from error
+                    holder = file.read().decode().strip() or "another process"
+                    raise RunError(f"{self.path}: {holder} trains there, expected nobody") from error
                 if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                     raise
                 warn(f"{self.path}: no locks on this file system: nothing keeps a second job out of the folder")
-            file.truncate(0)
-            file.write(f"process {os.getpid()} of {socket.gethostname()}\n")
-            file.flush()
+            with naming(self.lock):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} of {socket.gethostname()}\n".encode())
             yield
 
     def write_status(self, state: Literal["running", "complete", "stopped", "failed"], step: int, reason: str) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -247,6 +248,21 @@ def test_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="got a file"):
         Trainer(tiny.config(tmp_path, "name=file"), ALONE)
+
+
+def test_a_disk_that_is_full_at_first_is_named_and_leaves_the_name_usable(tmp_path):
+    config = tiny.config(tmp_path)
+    for limit, file in ((0, "lock"), (100, "config.yaml")):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(OSError, match=rf"File too large: '.*/tiny/{file}'"):
+                Trainer(config, ALONE).fit()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["lock"]
+    (tmp_path / "tiny" / "config.yaml.tmp").write_text("name: ti")  # as kill -9 leaves it
+    assert train(config).finished == 8
 
 
 def test_resume_from_a_named_checkpoint(tmp_path):

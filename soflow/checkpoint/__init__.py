@@ -1,6 +1,6 @@
 """Checkpoints that survive kill -9, a full disk and flipped bits; and the official SoFlow `.pt` format."""
 
-from soflow.checkpoint.files import CheckpointError, replacing
+from soflow.checkpoint.files import CheckpointError, naming, replacing
 from soflow.checkpoint.official import (
     DiTShape,
     OfficialCheckpoint,
@@ -28,6 +28,7 @@ __all__ = [
     "is_unet",
     "load",
     "load_official",
+    "naming",
     "newest",
     "read",
     "replacing",
