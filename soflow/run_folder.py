@@ -73,7 +73,7 @@ class RunFolder:
             raise RunError(f"{self.path}: got a folder without config.yaml that is not empty; choose another name")
 
     def claim(self, config: Config, newest_step: int) -> None:
-        """Write `config` there, unless that was done before; only for who holds the lock.
+        """Write `config` there, where it says anything new; only for who holds the lock.
 
         newest_step: what `newest_step` returned before the state was read. Raises RunError where another job made the
         folder its own since, or saved there, and OSError where the folder cannot be written.
@@ -84,9 +84,11 @@ class RunFolder:
                 f"{self.checkpoints}: got step {self.newest_step()} as the newest, expected {newest_step}, as when it "
                 "was read: another job trained there meanwhile; start this one again"
             )
-        if not self.config.exists():
+        text = dump_config(config)
+        # readers go by it: where the data lie now, not where they were
+        if not self.config.exists() or self.config.read_text(encoding="utf-8") != text:
             with replacing(self.config) as partial:
-                partial.write_text(dump_config(config), encoding="utf-8")
+                partial.write_text(text, encoding="utf-8")
         self.samples.mkdir(exist_ok=True)
 
     @contextmanager

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from soflow import checkpoint
+from soflow.audit import audit
 from soflow.config import Config, EngineConfig
 from soflow.config_file import ConfigError, dump_config, load_config
 from soflow.data import ArraySource, DataError, DigitsSource
@@ -625,6 +626,21 @@ def test_latents_train_and_any_feeder_resumes_them_from_anywhere(tmp_path):
     assert resumed.finished == 4
     resumed.fit()
     assert_same_state(resumed, whole)
+
+
+def test_the_folder_says_with_what_its_run_was_last_continued(tmp_path):
+    """So that an audit finds data that were moved; a run that is refused, or was not started, changes nothing."""
+    latent_folders.write_latents(tmp_path / "latents")
+    first = train(latents_config(tmp_path / "runs", tmp_path / "latents"), until=2).folder
+    written = first.config.stat().st_mtime_ns
+    train(latents_config(tmp_path / "runs", tmp_path / "latents"), until=3)
+    assert first.config.stat().st_mtime_ns == written
+    (tmp_path / "latents").rename(tmp_path / "moved")
+    moved = Trainer(latents_config(tmp_path / "runs", tmp_path / "moved"), ALONE)
+    assert first.read_config().data.root == str(tmp_path / "latents")
+    moved.fit()
+    assert load_config(first.config) == moved.config
+    assert len(list(audit(first.path, "newest", 4, 0))) == 1
 
 
 def test_grids_of_latents_are_decoded_and_change_no_bit_of_the_training(tmp_path):
