@@ -2,17 +2,17 @@
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
-from soflow.checkpoint.files import load_tensors, separate
+from soflow.checkpoint.files import load_tensors, separate, sync
 from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
 from soflow.images import IMAGE_CHANNELS
 
@@ -114,20 +114,24 @@ def write_export(folder: Path, trained: Trained) -> None:
         "weights": trained.kind,
         "step": trained.step,
     }
-    partial = folder.with_name(folder.name + ".tmp")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(separate(trained.weights), partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-        (partial / CARD).write_text(_model_card(trained), encoding="utf-8")
-        mode = (partial / CARD).stat().st_mode
-        (partial / WEIGHTS).chmod(mode)  # safetensors makes its files readable by the owner only
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as own:
+            # within it: itself it is for the owner only
+            partial = Path(own) / folder.name
+            partial.mkdir()
+            save_file(separate(trained.weights), partial / WEIGHTS, metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            (partial / CARD).write_text(_model_card(trained), encoding="utf-8")
+            mode = (partial / CARD).stat().st_mode
+            for path in partial.iterdir():
+                path.chmod(mode)  # safetensors makes its files readable by the owner only
+                sync(path)
+            sync(partial)
+            partial.rename(folder)
+            sync(folder.parent)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot export: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_export(folder: Path) -> bool:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from soflow import export
 from soflow.checkpoint import CheckpointError
 from soflow.cli import main
 from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
@@ -47,6 +48,22 @@ def test_an_export_is_the_same_generator(tmp_path, run, weights):
         assert torch.equal(ours.network.state_dict()[name], tensor)
     assert load_file(out / "model.safetensors").keys() == theirs.network.state_dict().keys()
     assert main(["sample", str(out), "--seeds", "0-9", "--grid", str(tmp_path / "grid.png")]) == 0
+
+
+def test_an_export_is_on_the_disk_before_it_is_there_and_touches_nothing_else(tmp_path, run, monkeypatch):
+    beside = tmp_path / "out.tmp"
+    beside.mkdir()
+    (beside / "thesis.txt").write_text("precious")
+    seen: list[str] = []
+    sync, rename = export.sync, Path.rename
+    monkeypatch.setattr(export, "sync", lambda path: seen.append(path.name) or sync(path))
+    monkeypatch.setattr(Path, "rename", lambda path, to: seen.append("rename") or rename(path, to))
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert sorted(seen[:3]) == ["README.md", "config.json", "model.safetensors"]
+    assert seen[3:] == ["out", "rename", tmp_path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
+    assert (tmp_path / "out").stat().st_mode == beside.stat().st_mode
+    assert (beside / "thesis.txt").read_text() == "precious"
 
 
 DIT = {"name": "DiT", "input_size": 8, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
