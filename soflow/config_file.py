@@ -92,8 +92,17 @@ def parse_config(
     config = _build(Config, raw, "", problems)
     if config is None:
         where = f"{origin} with {' '.join(overrides)}" if overrides else origin
-        raise ConfigError(f"{where}: " + "\n  ".join(problems if len(problems) == 1 else ["", *problems]))
+        raise ConfigError(f"{where}: {_joined(problems)}")
     return config
+
+
+def parse_section(cls: type[T], raw: Any, name: str, origin: str) -> T:
+    """Return the section called `name`, of class `cls`, of what a YAML or JSON file holds; ConfigError as above."""
+    problems: list[str] = []
+    section = _build(cls, raw, f"{name}.", problems)
+    if section is None:
+        raise ConfigError(f"{origin}: {_joined(problems)}")
+    return section
 
 
 def dump_config(config: Config) -> str:
@@ -190,6 +199,10 @@ def _convert(value: Any, hint: Any, dotted: str, problems: list[str]) -> Any:
         hint_text = f"; did you mean {near[0]!r}?" if near else ""
         problems.append(f"{dotted}: got {_shorten.repr(value)}, expected {_type_text(hint)}{hint_text}")
         return None
+
+
+def _joined(problems: list[str]) -> str:
+    return "\n  ".join(problems if len(problems) == 1 else ["", *problems])
 
 
 def _unknown(dotted: str, section: type) -> str:

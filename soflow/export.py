@@ -14,6 +14,7 @@ from torch import Tensor
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate, sync
 from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
+from soflow.config_file import ConfigError, parse_section
 from soflow.images import IMAGE_CHANNELS
 
 FORMAT_VERSION = 1
@@ -145,17 +146,24 @@ def read_export(folder: Path) -> Trained:
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         version = int(described["format_version"])
-        network, flow = NetworkConfig(**described["network"]), FlowConfig(**described["flow"])
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path}: format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it"
+            )
+        network = parse_section(NetworkConfig, described["network"], "network", str(path))
+        flow = parse_section(FlowConfig, described["flow"], "flow", str(path))
         # exports once did not say: no more than their own sampler promises
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
         require_sampler("flow", flow.sampler, objective)
         kind, step = str(described["weights"]), int(described["step"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except CheckpointError:
+        raise
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it")
     weights = load_tensors(folder / WEIGHTS)
     return Trained(network=network, flow=flow, objective=objective, weights=weights, kind=kind, step=step)
 

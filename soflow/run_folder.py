@@ -244,7 +244,9 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
             network=network, flow=FlowConfig(), objective="soflow", weights=state, kind=weights, step=official.step
         )
     if is_export(path):
-        return read_export(path)
+        trained = read_export(path)
+        _require_network(trained.network, trained.flow, trained.weights, path)
+        return trained
     if RunFolder(path).config.exists():
         step_folder = _newest_step(path)
     else:
@@ -269,12 +271,20 @@ def _official_network(weights: Mapping[str, Tensor], path: Path) -> NetworkConfi
             network = NetworkConfig(name="UNet", **checkpoint.infer_unet_shape(weights))
         else:
             network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(weights))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    _require_network(network, FlowConfig(), weights, path)
+    return network
+
+
+def _require_network(network: NetworkConfig, flow: FlowConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    # what an export or an official file says of its network is only as good as its file
+    try:
         with torch.device("meta"):
-            expected = build_flow(network, FlowConfig(), reference).network.state_dict()
+            expected = build_flow(network, flow, reference).network.state_dict()
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     require_weights(expected, weights, path)
-    return network
 
 
 def _newest_step(path: Path) -> Path:

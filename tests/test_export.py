@@ -134,10 +134,12 @@ def test_nothing_is_replaced(tmp_path, run, capsys):
     ("change", "message"),
     [
         ({"format_version": 2}, "format 2, expected at most 1"),
-        ({"network": {"name": "DiT"}}, "expected what soflow export writes"),
-        ({"network": 3}, "expected what soflow export writes"),
+        ({"network": {"name": "DiT"}}, r"config\.json: \n  network\.input_size: missing, expected an integer"),
+        ({"network": 3}, r"network: got 3, expected a section"),
+        ({"flow": {"path": "foo"}}, r"config\.json: flow\.path: got 'foo', expected one of linear, trig"),
         ({"step": None}, "expected what soflow export writes"),
         ({"objective": "gan"}, "expected what soflow export writes"),
+        ({"step": "x"}, "expected what soflow export writes"),
         ({"objective": "flow_matching"}, "flow.sampler: got 'renoise', expected euler or heun"),
     ],
 )
@@ -147,8 +149,29 @@ def test_other_contents_are_refused(tmp_path, run, change, message):
     described = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**described, **change}))
     with pytest.raises(CheckpointError, match=message):
-        read_export(out)
+        load_flow(out)
     (out / "config.json").write_text(json.dumps(described))
     (out / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         read_export(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "16"}, r"config\.json: network\.hidden_size: got '16', expected an integer or null"),
+        ({"num_heads": 2.5}, r"config\.json: network\.num_heads: got 2\.5, expected an integer or null"),
+        ({"heads": 2}, r"config\.json: network\.heads: unknown field"),
+        ({"num_heads": 3}, r"out: num_heads: got 3, expected a divisor of hidden_size 16"),
+        ({"hidden_size": 32}, r"out: pos_embed: got \[1, 4, 16\], expected \[1, 4, 32\], as the network has it"),
+        ({"name": "DiT-B/4"}, r"out: patch_size: got a value, expected nothing"),
+    ],
+)
+def test_another_shape_is_refused(tmp_path, run, change, message):
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out)]) == 0
+    described = json.loads((out / "config.json").read_text())
+    described["network"] |= change
+    (out / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=message):
+        load_flow(out)
