@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from soflow import __version__, cli_data, cli_trained
 from soflow.arguments import Command, command_parser, file_name, numbers, positive
-from soflow.config import Sampler, require_calls
+from soflow.config import OFFICIAL_VAE, Sampler, require_calls
 
 # What a command needs is imported when it runs: --help should not wait for torch, nor the doctor depend on it.
 if TYPE_CHECKING:
@@ -225,10 +225,10 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive, default=100, metavar="N", help="images at once (default 100)")
     parser.add_argument(
         "--vae",
-        default="stabilityai/sd-vae-ft-mse",
+        default=OFFICIAL_VAE,
         metavar="NAME",
         help="for networks of latents: folder of a diffusers AutoencoderKL, or its name on the hub "
-        "(default stabilityai/sd-vae-ft-mse)",
+        f"(default {OFFICIAL_VAE})",
     )
     parser.add_argument(
         "--weights",
