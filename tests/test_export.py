@@ -162,9 +162,9 @@ def test_other_contents_are_refused(tmp_path, run, change, message):
         ({"hidden_size": "16"}, r"config\.json: network\.hidden_size: got '16', expected an integer or null"),
         ({"num_heads": 2.5}, r"config\.json: network\.num_heads: got 2\.5, expected an integer or null"),
         ({"heads": 2}, r"config\.json: network\.heads: unknown field"),
-        ({"num_heads": 3}, r"out: num_heads: got 3, expected a divisor of hidden_size 16"),
+        ({"num_heads": 3}, r"out: network\.num_heads: got 3, expected a divisor of hidden_size 16"),
         ({"hidden_size": 32}, r"out: pos_embed: got \[1, 4, 16\], expected \[1, 4, 32\], as the network has it"),
-        ({"name": "DiT-B/4"}, r"out: patch_size: got a value, expected nothing"),
+        ({"name": "DiT-B/4"}, r"out: network\.patch_size: got a value, expected nothing"),
     ],
 )
 def test_another_shape_is_refused(tmp_path, run, change, message):

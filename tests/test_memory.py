@@ -101,9 +101,9 @@ def test_a_training_that_does_not_fit_is_refused_with_what_helps(tmp_path, monke
 def test_advice_gives_every_part_of_every_process_a_row(tmp_path, monkeypatch, batch_size, world_size):
     tried = []
 
-    def predict(config, shape, device, world_size):
+    def predict(config, *others):
         tried.append(config.train.accumulation)
-        return predict_peak(config, shape, device, world_size)
+        return predict_peak(config, *others)
 
     monkeypatch.setattr(memory, "predict_peak", predict)
     with pytest.raises(RunError, match="use a smaller network or more memory$"):

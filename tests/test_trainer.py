@@ -518,7 +518,7 @@ def test_sample_grids_are_drawn_from_the_average(tmp_path):
     ("num_classes", "rows"), [(3, range(3)), (10, range(10)), (25, range(0, 20, 2)), (1000, range(0, 1000, 100))]
 )
 def test_the_rows_of_a_grid_are_classes_from_all_over(tmp_path, monkeypatch, num_classes, rows):
-    trainer, drawn = Trainer(tiny.config(tmp_path), ALONE), []
+    trainer, drawn = train(tiny.config(tmp_path), until=0), []
 
     def draw(flow, labels, shape, *rest):
         drawn.append(labels.tolist())

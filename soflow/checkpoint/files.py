@@ -57,11 +57,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an OSError of the block the name `path`, where it has none: a full disk names no file that is open."""
+    """Give what the system raises in the block the name `path`, if it has none: a full disk names no open file."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
