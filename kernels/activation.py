@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, check_width, register
-from soflow.kernels.math import GELU_CUBE, GELU_SCALE, sigmoid, sigmoid_derivative, sigmoid_difference
+from soflow.kernels.math import GELU_CUBE, GELU_SCALE, LN_2, LOG2_E, sigmoid, sigmoid_derivative, sigmoid_difference
 
 BLOCK_D = 512
 ROWS = 4
@@ -47,7 +47,7 @@ def _gelu_bwd_kernel(
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         square = y * y
         s, ds = sigmoid_derivative(y * (GELU_SCALE + GELU_CUBE * square))
-        dx = dy * (s + y * ds * (GELU_SCALE + 3.0 * GELU_CUBE * square))
+        dx = dy * (s + y * ds * (LN_2 * GELU_SCALE + 3.0 * LN_2 * GELU_CUBE * square))
         tl.store(dx_ptr + offs, dx, mask=mask)
         dbias += tl.sum(dx, axis=0)
     tl.store(dbias_partial_ptr + slab * D + cols, dbias, mask=cols < D)
@@ -73,7 +73,7 @@ def _silu_fwd_kernel(x_ptr, y_ptr, N, BLOCK_N: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < N
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + offs, x * sigmoid(x), mask=mask)
+    tl.store(y_ptr + offs, x * sigmoid(x * LOG2_E), mask=mask)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _silu_bwd_kernel(x_ptr, dy_ptr, dx_ptr, N, BLOCK_N: tl.constexpr):
     mask = offs < N
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    s, ds = sigmoid_derivative(x)
+    s, ds = sigmoid_derivative(x * LOG2_E)
     tl.store(dx_ptr + offs, dy * (s + x * ds), mask=mask)
 
 
@@ -92,7 +92,7 @@ def _silu_difference_kernel(x_ptr, dx_ptr, dy_ptr, N, BLOCK_N: tl.constexpr):
     mask = offs < N
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     d = tl.load(dx_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    s, ds = sigmoid_difference(x, d)
+    s, ds = sigmoid_difference(x * LOG2_E, d * LOG2_E)
     tl.store(dy_ptr + offs, d * s + x * ds, mask=mask)
 
 

@@ -4,9 +4,10 @@ qkv, dqkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), without permut
 their inputs in the dtype of qkv and sum in fp32; scores, softmax and their differences are fp32.
 
 A program owns a block of queries of one head and walks the keys twice: for the normalisers of S and S + dS and for
-z = sum(P expm1(dS)), then for dP and do = dP (v + dv) + P dv. Where one block holds all keys their scores are kept. The
+z = sum(P expm1(dS)), then for dP and do = dP v + (P + dP) dv. Where one block holds all keys their scores are kept. The
 formulas, for small and for large differences, are those of `reference.attention_difference`, which takes heads wider
-than 128.
+than 128; to base 2, as a power of 2 is one instruction of a GPU and one of e five, and without the sums q + dq and
+v + dv, which would have to be rounded for a product.
 """
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_grid, register
-from soflow.kernels.math import expm1, log1p
+from soflow.kernels.math import LOG2_E, exp2m1, exp2m1_series, log1p
 from soflow.kernels.self_attention import check_packed, load_block, store_block
 from soflow.kernels.tuning import ATTENTION_STAGES, MAX_HEAD_DIM, attention_difference_launch
 
@@ -25,55 +26,40 @@ PROBABILITY_SCALE = tl.constexpr(32768.0)
 
 
 @triton.jit
-def _sum(a, b):
-    """a + b, rounded once to the dtype that a product takes."""
-    return (a.to(tl.float32) + b.to(tl.float32)).to(a.dtype)
-
-
-@triton.jit
-def _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """S and dS of one block of queries and keys; keys beyond T get S = -inf."""
+def _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """S and dS of one block of queries and keys, to base 2; keys beyond T get S = -inf."""
     k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
     dk = load_block(dqkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    scale *= LOG2_E
     S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     S = tl.where(keys[None, :] < T, S, float("-inf"))
-    dS = tl.dot(dq, tl.trans(k), input_precision="ieee") + tl.dot(q_moved, tl.trans(dk), input_precision="ieee")
+    dS = tl.dot(dq, tl.trans(k), input_precision="ieee")
+    dS = tl.dot(q, tl.trans(dk), dS, input_precision="ieee")
+    dS = tl.dot(dq, tl.trans(dk), dS, input_precision="ieee")
     return S, dS * scale
 
 
 @triton.jit
-def _sums(S, dS, row_max, moved_max):
-    """Of one block of keys: sum(P), sum(P expm1(dS)) and the sum of the moved P, of softmaxes not yet normalised."""
-    P = tl.exp(S - row_max[:, None])
-    moved = tl.exp(S + dS - moved_max[:, None])
-    return tl.sum(P, axis=1), tl.sum(P * expm1(dS), axis=1), tl.sum(moved, axis=1)
+def _softmaxes(S, dS, row_max, moved_max):
+    """The softmaxes of S and of S + dS, not yet normalised."""
+    return tl.exp2(S - row_max[:, None]), tl.exp2(S + dS - moved_max[:, None])
 
 
 @triton.jit
-def _moved_values(
-    S,
-    dS,
-    row_max,
-    normaliser,
-    lz,
-    qkv_ptr,
-    dqkv_ptr,
-    keys,
-    T,
-    H,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """What one block of keys adds to do = dP (v + dv) + P dv, times PROBABILITY_SCALE."""
-    S -= row_max[:, None]
-    factor = (1.0 / normaliser * PROBABILITY_SCALE)[:, None]
-    P = tl.exp(S) * factor
+def _sums(P, moved, dS):
+    """sum(P), sum(moved) and sum(P (2^dS - 1)) of one block of keys."""
+    return tl.sum(P, axis=1), tl.sum(moved, axis=1), tl.sum(P * exp2m1(dS), axis=1)
+
+
+@triton.jit
+def _moved_values(P, moved, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What one block of keys adds to do = dP v + (P + dP) dv, times the scale of the softmaxes P and P + dP."""
     g = dS - lz[:, None]
-    dP = tl.where(tl.abs(g) < 1.0, P * expm1(g), tl.exp(S + g) * factor - P)
+    dP = tl.where(tl.abs(g) < 1.0, P * exp2m1_series(g), moved - P)
     v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
     dv = load_block(dqkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-    do = tl.dot(dP.to(v.dtype), _sum(v, dv), input_precision="ieee")
-    return do + tl.dot(P.to(v.dtype), dv, input_precision="ieee")
+    do = tl.dot(dP.to(v.dtype), v, input_precision="ieee")
+    return tl.dot(moved.to(v.dtype), dv, do, input_precision="ieee")
 
 
 @triton.jit
@@ -92,11 +78,11 @@ def _attention_difference_kernel(
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     dq = load_block(dqkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
-    q_moved = _sum(q, dq)
     if ONE_BLOCK:
-        S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, queries, T, H, scale, HEAD_DIM, BLOCK_D)
+        S, dS = _scores(q, dq, qkv_ptr, dqkv_ptr, queries, T, H, scale, HEAD_DIM, BLOCK_D)
         row_max, moved_max = tl.max(S, axis=1), tl.max(S + dS, axis=1)
-        normaliser, z, moved_normaliser = _sums(S, dS, row_max, moved_max)
+        P, moved = _softmaxes(S, dS, row_max, moved_max)
+        normaliser, moved_normaliser, z = _sums(P, moved, dS)
     else:
         row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
         moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
@@ -105,26 +91,35 @@ def _attention_difference_kernel(
         z = tl.zeros((BLOCK_T,), tl.float32)
         for first in range(0, T, BLOCK_T):
             keys = first + tl.arange(0, BLOCK_T)
-            S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
+            S, dS = _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
             new_max = tl.maximum(row_max, tl.max(S, axis=1))
             new_moved_max = tl.maximum(moved_max, tl.max(S + dS, axis=1))
-            shrink, moved_shrink = tl.exp(row_max - new_max), tl.exp(moved_max - new_moved_max)
+            shrink, moved_shrink = tl.exp2(row_max - new_max), tl.exp2(moved_max - new_moved_max)
             row_max, moved_max = new_max, new_moved_max
-            sum_P, sum_z, sum_moved = _sums(S, dS, row_max, moved_max)
+            P, moved = _softmaxes(S, dS, row_max, moved_max)
+            sum_P, sum_moved, sum_z = _sums(P, moved, dS)
             normaliser = normaliser * shrink + sum_P
-            z = z * shrink + sum_z
             moved_normaliser = moved_normaliser * moved_shrink + sum_moved
-    z = z / normaliser
-    lz = tl.where(tl.abs(z) < 0.5, log1p(z), moved_max - row_max + tl.log(moved_normaliser / normaliser))
+            z = z * shrink + sum_z
+    factor = (1.0 / normaliser * PROBABILITY_SCALE)[:, None]
+    moved_factor = (1.0 / moved_normaliser * PROBABILITY_SCALE)[:, None]
+    z /= normaliser
+    # where the normaliser moves far no g is small: all differences are those of the softmaxes
+    lz = tl.where(tl.abs(z) < 0.5, log1p(z) * LOG2_E, float("inf"))
 
     if ONE_BLOCK:
-        do = _moved_values(S, dS, row_max, normaliser, lz, qkv_ptr, dqkv_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
+        do = _moved_values(
+            P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, queries, T, H, HEAD_DIM, BLOCK_D
+        )
     else:
         do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         for first in range(0, T, BLOCK_T):
             keys = first + tl.arange(0, BLOCK_T)
-            S, dS = _scores(q, dq, q_moved, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
-            do += _moved_values(S, dS, row_max, normaliser, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D)
+            S, dS = _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
+            P, moved = _softmaxes(S, dS, row_max, moved_max)
+            do += _moved_values(
+                P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D
+            )
     store_block(do_ptr, 0, 1, do * (1.0 / PROBABILITY_SCALE), queries, T, H, HEAD_DIM, BLOCK_D)
 
 

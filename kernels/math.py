@@ -3,62 +3,56 @@
 import triton
 import triton.language as tl
 
-GELU_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
-GELU_CUBE = tl.constexpr(0.07135481282553555)  # 0.044715 times that
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# gelu(x) = x sigmoid(x (GELU_SCALE + GELU_CUBE x^2))
+GELU_SCALE = tl.constexpr(2.302208198144325)  # 2 sqrt(2 / pi) log2(e)
+GELU_CUBE = tl.constexpr(0.1029432395800235)  # 0.044715 times that
 
 
 @triton.jit
-def _expm1_series(x):
-    """exp(x) - 1 for |x| < 1/2, precise relative to itself."""
-    p = 2.7557319e-6
-    p = p * x + 2.4801587e-5
-    p = p * x + 1.98412698e-4
-    p = p * x + 1.388888889e-3
-    p = p * x + 8.333333333e-3
-    p = p * x + 4.1666666667e-2
-    p = p * x + 1.6666666667e-1
-    p = p * x + 0.5
-    return p * x * x + x
+def exp2m1_series(x):
+    """2^x - 1 for |x| < 1, precise relative to itself: its best polynomial, off by half a rounding."""
+    p = 1.52595167e-5
+    p = p * x + 1.56323658e-4
+    p = p * x + 1.33351411e-3
+    p = p * x + 9.61701572e-3
+    p = p * x + 5.55040352e-2
+    p = p * x + 2.40226641e-1
+    p = p * x + 6.93147182e-1
+    return p * x
 
 
 @triton.jit
-def expm1(x):
-    """exp(x) - 1, precise relative to itself also for small x."""
-    return tl.where(tl.abs(x) < 0.5, _expm1_series(x), tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _exp(x):
-    """exp(min(x, 80)): 1 + exp(x) stays finite, and so does its reciprocal."""
-    return tl.exp(tl.minimum(x, 80.0))
+def exp2m1(x):
+    """2^x - 1, precise relative to itself also for small x."""
+    return tl.where(tl.abs(x) < 1.0, exp2m1_series(x), tl.exp2(x) - 1.0)
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    return 1.0 / (1.0 + _exp(-x))
+    """1 / (1 + 2^-x).  To base 2, which is one instruction of a GPU: to base e it would be five."""
+    return 1.0 / (1.0 + tl.exp2(-x))
 
 
 @triton.jit
 def sigmoid_derivative(x):
-    """sigmoid(x), and its derivative sigmoid(x) (1 - sigmoid(x)) without the cancellation where sigmoid nears 1."""
-    e = _exp(-x)
+    """s = sigmoid(x), and s (1 - s) = ds/dx / ln(2) without the cancellation where s nears 1."""
+    e = tl.exp2(tl.minimum(-x, 126.0))  # its reciprocal is no less than float32 holds
     s = 1.0 / (1.0 + e)
     return s, e * s * s
 
 
 @triton.jit
 def sigmoid_difference(x, dx):
-    """sigmoid(x + dx), and sigmoid(x + dx) - sigmoid(x) precise relative to itself.
+    """sigmoid(x + dx), and sigmoid(x + dx) - sigmoid(x): precise relative to themselves, or to 2^-63 if that is more.
 
-    For low < high the difference is (1 - exp(low - high)) / ((1 + exp(-high)) (1 + exp(low))): nothing cancels.
+    For a = 2^-x and b = 2^-(x + dx) the difference is (a - b) / ((1 + a) (1 + b)), and a - b = b (2^dx - 1).
     """
-    low, high = tl.minimum(x, x + dx), tl.maximum(x, x + dx)
-    a, b = _exp(-high), _exp(low)
+    # the product of two of them stays finite
+    a, b = tl.exp2(tl.minimum(-x, 63.0)), tl.exp2(tl.minimum(-(x + dx), 63.0))
     r = 1.0 / ((1.0 + a) * (1.0 + b))
-    gap = tl.abs(dx)
-    gap = tl.where(gap < 0.5, -_expm1_series(-gap), 1.0 - a * b)
-    return r * tl.where(dx < 0, b * (1.0 + a), 1.0 + b), r * tl.where(dx < 0, -gap, gap)
+    return r * (1.0 + a), r * tl.where(tl.abs(dx) < 1.0, b * exp2m1_series(dx), a - b)
 
 
 @triton.jit

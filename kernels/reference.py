@@ -360,10 +360,8 @@ def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     """Return attention(qkv + dqkv) - attention(qkv), (B, T, H d).
 
     dS = dq k^T + (q + dq) dk^T; z = sum(P expm1(dS)), and with the shift of the normaliser lz = log1p(z), g = dS - lz:
-    dP = P expm1(g), and do = dP (v + dv) + P dv. Where these are large (z beyond 1/2, g beyond 1) exponentials may
-    overflow: there lz is the difference of the normalisers' logarithms, dP that of the softmaxes. That lz is rounded
-    as the scores are: for scores of hundreds that move by tens the error of dP, relative to its largest, is that of
-    such a score, 1e-5 to 1e-4 in float32, where two evaluations reach 1e-6.
+    dP = P expm1(g), and do = dP (v + dv) + P dv. Where z is beyond 1/2 or g beyond 1, dP is the difference of the
+    softmaxes: nothing cancels there, exponentials might overflow, and a large lz is rounded more coarsely than they.
     """
     (q, k, v), (dq, dk, dv) = _heads(_wide(qkv), num_heads), _heads(_wide(dqkv), num_heads)
     scale = 1.0 / math.sqrt(q.shape[-1])
@@ -372,9 +370,9 @@ def attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> Tensor:
     normaliser = S.logsumexp(-1, keepdim=True)
     P = torch.exp(S - normaliser)
     z = (P * torch.expm1(dS)).sum(-1, keepdim=True)
-    lz = torch.where(z.abs() < 0.5, torch.log1p(z), (S + dS).logsumexp(-1, keepdim=True) - normaliser)
-    g = dS - lz
-    dP = torch.where(g.abs() < 1.0, P * torch.expm1(g), torch.exp(S - normaliser + g) - P)
+    g = dS - torch.log1p(z)
+    is_small = (z.abs() < 0.5) & (g.abs() < 1.0)
+    dP = torch.where(is_small, P * torch.expm1(g), (S + dS).softmax(-1) - P)
     return (dP @ (v + dv) + P @ dv).transpose(1, 2).flatten(2).to(qkv.dtype)
 
 

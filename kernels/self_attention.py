@@ -18,9 +18,8 @@ from torch import Tensor
 
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, check_grid, check_width, register
+from soflow.kernels.math import LOG2_E
 from soflow.kernels.tuning import ATTENTION_STAGES, attention_bwd_launch, attention_is_fused, attention_launch
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
