@@ -259,7 +259,8 @@ def silu(x: Tensor) -> Tensor:
 
 def silu_difference(x: Tensor, dx: Tensor) -> Tensor:
     """Return silu(x + dx) - silu(x) = dx sigmoid(x + dx) + x dtanh(x / 2, dx / 2) / 2."""
-    return dx * torch.sigmoid(x + dx) + 0.5 * x * _tanh_difference(0.5 * x, 0.5 * dx)
+    y, d = _wide(x), _wide(dx)
+    return (d * torch.sigmoid(y + d) + 0.5 * y * _tanh_difference(0.5 * y, 0.5 * d)).to(x.dtype)
 
 
 GELU_SCALE = math.sqrt(2.0 / math.pi)
@@ -291,7 +292,7 @@ def modulated_norm(
     dtype: of the result; None is that of x. A residual stream in float32 feeds branches in bfloat16.
     """
     normed = functional.layer_norm(_wide(x), x.shape[-1:], eps=eps)
-    return (normed * (1.0 + scale[:, None]) + shift[:, None]).to(dtype or x.dtype)
+    return (normed * (1.0 + _wide(scale)[:, None]) + shift[:, None]).to(dtype or x.dtype)
 
 
 def modulated_norm_difference(
@@ -311,7 +312,8 @@ def modulated_norm_difference(
     dvar = (dc * (2.0 * xc + dc)).mean(-1, keepdim=True)
     std_0, std_1 = var.sqrt(), (var + dvar).sqrt()
     dnormed = dc / std_1 - xc * (dvar / (std_0 * std_1 * (std_0 + std_1)))
-    dy = xc / std_0 * dscale[:, None] + dnormed * (1.0 + scale + dscale)[:, None] + dshift[:, None]
+    factor = 1.0 + _wide(scale) + _wide(dscale)
+    dy = xc / std_0 * dscale[:, None] + dnormed * factor[:, None] + dshift[:, None]
     return dy.to(dtype or x.dtype)
 
 
@@ -328,7 +330,7 @@ def gate_residual_norm(
 
     z has the dtype of x; dtype: of the second result, None is that of x.
     """
-    z = (x + gate[:, None] * y).to(x.dtype)
+    z = (x + _wide(gate)[:, None] * y).to(x.dtype)
     return z, modulated_norm(z, shift, scale, eps, dtype)
 
 
@@ -346,6 +348,7 @@ def gate_residual_norm_difference(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the differences of both results of gate_residual_norm, given its residual stream z = x + gate y."""
+    gate, dgate = _wide(gate), _wide(dgate)
     dz = (dx + y * dgate[:, None] + dy * (gate + dgate)[:, None]).to(z.dtype)
     return dz, modulated_norm_difference(z, dz, scale, dshift, dscale, eps, dtype)
 

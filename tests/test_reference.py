@@ -278,6 +278,34 @@ def test_difference_keeps_its_precision_at_any_gap(op, gap):
     assert (difference(*x, *d) - exact).norm() < 5e-7 * exact.norm()
 
 
+HALF = {
+    "silu_difference": (reference.silu_difference, [(B, D)] * 2),
+    "gelu_difference": (reference.gelu_difference, [(B, T, D)] * 2 + [(D,)]),
+    "attention_difference": (lambda *inputs: reference.attention_difference(*inputs, HEADS), [(B, T, 3 * D)] * 2),
+    "modulated_norm": (reference.modulated_norm, [(B, T, D)] + [(B, D)] * 2),
+    "modulated_norm_difference": (reference.modulated_norm_difference, [(B, T, D)] * 2 + [(B, D)] * 3),
+    "gate_residual": (
+        lambda x, y, gate: reference.gate_residual_norm(x, y, gate, gate, gate)[0],
+        [(B, T, D)] * 2 + [(B, D)],
+    ),
+    "gate_residual_difference": (
+        lambda y, gate, z, scale, *moved: reference.gate_residual_norm_difference(y, gate, z, scale, *moved)[0],
+        [(B, T, D), (B, D), (B, T, D), (B, D), (B, T, D), (B, T, D), (B, D), (B, D), (B, D)],
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", HALF)
+def test_half_precision_is_computed_in_float32(op, dtype):
+    """The result is that of the same inputs in float32, rounded once."""
+    compute, shapes = HALF[op]
+    inputs = [rand(*shape, seed=i).to(dtype) for i, shape in enumerate(shapes)]
+    found, wide = compute(*inputs), compute(*(x.float() for x in inputs))
+    assert found.dtype == dtype
+    assert torch.equal(found, wide.to(dtype))
+
+
 @pytest.mark.parametrize("op", ["gelu", "silu", "attention", "modulated_norm"])
 def test_difference_survives_extreme_values(op):
     """Saturated and tiny activations give finite differences, equal to the float64 ones."""
