@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-# the autoencoder of the paper's latents
+# the VAE of the paper's latents
 OFFICIAL_VAE = "stabilityai/sd-vae-ft-mse"
 # What is beyond fits neither the numbers of a tensor nor those of the clock.
 MAX_INT = 2**63 - 1
@@ -51,7 +51,7 @@ UNUSED = {
         "times.gap_end",
     ),
 }
-# the sources of what an autoencoder has to decode
+# the sources of what a VAE has to decode
 LATENT_SOURCES = ("latents", "hdf5")
 NULL_LABEL_NEEDS_CLASSES = "at least 1 class, because guidance compares a class with the null label"
 
@@ -94,7 +94,7 @@ class NetworkConfig:
 
     name: Annotated[
         str,
-        "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, DiT with the five shape fields below, UNet (of CIFAR-10), "
+        "DiT-B/4, DiT-B/2, DiT-M/2, DiT-L/2, DiT-XL/2, DiT with the shape fields below, UNet (of CIFAR-10), "
         "or own: one handed to Trainer",
     ]
     input_size: Annotated[int, "height and width of the images or latents the network sees"]
@@ -104,7 +104,7 @@ class NetworkConfig:
     hidden_size: Annotated[int | None, "width of the residual stream (name DiT only)"] = None
     depth: Annotated[int | None, "number of blocks (name DiT only)"] = None
     num_heads: Annotated[int | None, "number of attention heads (name DiT only)"] = None
-    mlp_ratio: Annotated[float | None, "hidden width of the MLP over hidden_size (name DiT only)"] = None
+    mlp_ratio: Annotated[float | None, "hidden width of the MLP over hidden_size (name DiT only; null 4)"] = None
     model_channels: Annotated[int | None, "width that channel_mult multiplies (name UNet only; null 128)"] = None
     channel_mult: Annotated[
         tuple[int, ...] | None, "width per resolution over model_channels (name UNet only; null [2, 2, 2])"
@@ -198,11 +198,11 @@ class TimesConfig:
     t_std: Annotated[float, "standard deviation of logit(t) for consistency rows"] = 0.8
     s_mean: Annotated[float, "mean of logit(s) for consistency rows"] = -1.0
     s_std: Annotated[float, "standard deviation of logit(s) for consistency rows"] = 0.8
-    gap_method: Annotated[Literal["const", "linear", "cosine", "exponential"], "how r goes from first to last"] = (
-        "exponential"
-    )
+    gap_method: Annotated[
+        Literal["const", "linear", "cosine", "exponential"], "how r goes from gap_init to gap_end; const: gap_end"
+    ] = "exponential"
     gap_init: Annotated[float, "r at the first step"] = 0.1
-    gap_end: Annotated[float, "r at the last step"] = 0.002
+    gap_end: Annotated[float, "r that train.total_steps steps lead to"] = 0.002
 
     def __post_init__(self) -> None:
         for name in ("velocity_mean", "t_mean", "s_mean"):
@@ -237,7 +237,7 @@ class DataConfig:
         if self.source in ("digits", "own"):
             require("data", "root", self.root, self.root is None, f"nothing, {because}")
         else:
-            require("data", "root", self.root, self.root is not None, f"a folder, {because}")
+            require("data", "root", self.root, self.root is not None, f"a folder or file, {because}")
         if self.source == "images":
             valid = self.image_size is not None and self.image_size >= 1
             require("data", "image_size", self.image_size, valid, f"an integer of at least 1, {because}")
@@ -266,12 +266,14 @@ class OptimConfig:
     clip_norm: Annotated[float | None, "largest gradient norm; null does not clip"] = None
     nonfinite: Annotated[
         Literal["step", "skip", "stop"],
-        "skip: a step whose gradient is not finite changes no weight, moment or average; stop: nor does the run go on",
+        "skip: a step whose gradient is not finite changes no weight, moment or average; stop: nor does the run go on; "
+        "step: it is a step like any other",
     ] = "step"
     max_bad_steps: Annotated[int, "steps in a row whose gradient is not finite, after which the run stops"] = 10
     backend: Annotated[
         Literal["auto", "fused", "reference", "apex"],
-        "fused: the CUDA extension; reference: PyTorch; auto: fused on a GPU where it is built, else reference",
+        "fused: the CUDA extension; reference: PyTorch; apex: NVIDIA's FusedAdam; "
+        "auto: fused on a GPU where it is built, else reference",
     ] = "auto"
 
     def __post_init__(self) -> None:
@@ -312,7 +314,7 @@ class EmaConfig:
 class TrainConfig:
     """Length of the run and what it leaves behind on the way."""
 
-    total_steps: Annotated[int, "optimizer steps; the gap schedule ends there"]
+    total_steps: Annotated[int, "optimizer steps; the schedules of gap and learning rate end there"]
     batch_size: Annotated[int, "global batch, over all processes"]
     accumulation: Annotated[int, "parts of a batch that go through the network one after the other, to save memory"] = 1
     log_every: Annotated[int, "steps per line of metrics.jsonl"] = 100
@@ -320,8 +322,8 @@ class TrainConfig:
     sample_nfe: Annotated[int, "network calls per image of the sample grids"] = 1
     sample_vae: Annotated[
         str | None,
-        "autoencoder that turns latents into the images of the grids: a folder of a diffusers AutoencoderKL or its "
-        "name on the hub",
+        "VAE that turns latents into the images of the grids: folder of a diffusers AutoencoderKL, or its name on the "
+        "hub",
     ] = None
     checkpoint_every: Annotated[int, "steps between checkpoints; the last step is always saved"] = 25000
     keep_last: Annotated[int, "checkpoints to keep; 0 keeps all"] = 0
@@ -420,7 +422,7 @@ class Config:
         train, because = self.train, f"because data.source is {self.data.source}"
         vae = train.sample_vae
         if self.data.source in LATENT_SOURCES:
-            expected = f"an autoencoder, {because}, or train.sample_every=0, which draws no grids"
+            expected = f"a VAE, {because}, or train.sample_every=0, which draws no grids"
             require("train", "sample_vae", vae, vae is not None or train.sample_every == 0, expected)
         elif self.data.source != "own":
             require("train", "sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")

@@ -98,9 +98,10 @@ class Trainer:
     def fit(self, until: int | None = None) -> bool:
         """Train to the last step, or to step `until`; return whether the run is complete.
 
-        SIGINT, SIGTERM and SIGUSR1, to any of the processes, stop all of them after one and the same step, a second
-        later at most; that is saved, and False returned. Raises DivergedError, PeerError, and CheckpointError or
-        OSError where the disk refuses; what `status.json` says in the end agrees.
+        SIGINT, SIGTERM and SIGUSR1, to any of the processes, stop all of them after one and the same step, at most one
+        later; that is saved, and False returned. Raises RunError where another job has the folder or has saved there;
+        then DivergedError, DataError, PeerError, and CheckpointError or OSError where the disk refuses, with which
+        `status.json` agrees.
         """
         config = self.config
         last = config.train.total_steps if until is None else min(until, config.train.total_steps)
@@ -353,7 +354,7 @@ def require_matching_data(config: Config, source: Source) -> None:
         )
     if channels not in (1, 3) and config.train.sample_every and config.train.sample_vae is None:
         raise RunError(
-            f"train.sample_every: got {config.train.sample_every}, expected 0, or an autoencoder in train.sample_vae, "
+            f"train.sample_every: got {config.train.sample_every}, expected 0, or a VAE in train.sample_vae, "
             f"because the data set {config.data.source} has {channels} channels, which are no image"
         )
     if config.train.batch_size > len(source):

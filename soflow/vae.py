@@ -14,7 +14,7 @@ DECODED_AT_ONCE = 8
 
 
 class VaeError(ValueError):
-    """An autoencoder that cannot be used; the message names it and says why."""
+    """A VAE that cannot be used; the message names it and says why."""
 
 
 class Vae:

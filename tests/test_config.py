@@ -241,9 +241,9 @@ def test_what_an_objective_does_not_take_is_refused(sections, message):
 
 
 @pytest.mark.parametrize("source", ["latents", "hdf5"])
-def test_grids_of_latents_need_an_autoencoder(source):
+def test_grids_of_latents_need_a_vae(source):
     data = DataConfig(source=source, root="x")
-    both_ways = rf"got None, expected an autoencoder, because data.source is {source}, or train.sample_every=0"
+    both_ways = rf"got None, expected a VAE, because data.source is {source}, or train.sample_every=0"
     with pytest.raises(ValueError, match=f"^train.sample_vae: {both_ways}"):
         config(data=data)
     config(data=data, train=TrainConfig(**TRAIN, sample_every=0))
@@ -251,7 +251,7 @@ def test_grids_of_latents_need_an_autoencoder(source):
     config(data=data, train=TrainConfig(**TRAIN, sample_vae="vae", sample_every=0))
 
 
-def test_images_need_no_autoencoder():
+def test_images_need_no_vae():
     with pytest.raises(ValueError, match=r"^train.sample_vae: got 'vae', expected nothing, because data.source is dig"):
         config(train=TrainConfig(**TRAIN, sample_vae="vae"))
 

@@ -101,12 +101,10 @@ def test_a_source_that_is_not_asked_for_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_own_source_of_latents_needs_an_autoencoder_for_its_grids(tmp_path):
+def test_an_own_source_of_latents_needs_a_vae_for_its_grids(tmp_path):
     source = ArraySource(torch.zeros(12, 4, 8, 8), torch.arange(12) % 10)
     own = ("data.source=own", "network.in_channels=4")
-    with pytest.raises(
-        RunError, match=r"^train.sample_every: got 4, expected 0, or an autoencoder in train.sample_vae"
-    ):
+    with pytest.raises(RunError, match=r"^train.sample_every: got 4, expected 0, or a VAE in train.sample_vae"):
         Trainer(tiny.config(tmp_path, *own, "train.sample_every=4"), ALONE, source=source)
     assert not list(tmp_path.iterdir())
     vae = tiny_vae.save(tmp_path / "vae")
@@ -664,7 +662,7 @@ def test_grids_of_latents_are_decoded_and_change_no_bit_of_the_training(tmp_path
     assert Trainer(latents_config(tmp_path / "drawing", tmp_path / "latents"), ALONE).finished == 6
 
 
-def test_an_autoencoder_that_cannot_draw_is_refused_before_anything_is_written(tmp_path):
+def test_a_vae_that_cannot_draw_is_refused_before_anything_is_written(tmp_path):
     latent_folders.write_latents(tmp_path / "latents")
     for vae, message in (
         (tmp_path / "latents", "latents: expected a folder with config.json"),
