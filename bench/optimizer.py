@@ -34,7 +34,7 @@ from soflow.models import DIT_PRESETS, build_network
 from soflow.optim import Optimizer
 
 LR, BETAS, DECAY = 1e-4, (0.9, 0.99), 0.9999
-# what each way must read and write: see design and README; a pass over the gradient for the norm costs 4
+# what each way must read and write, see docs/optimizer.md; a pass over the gradient for the norm costs 4
 BYTES = {"fused": 36, "fused clipped": 40, "torch": 44, "official": 104, "apex": 44}
 ROUNDS, UPDATES = 5, 10
 COMPARED, SHRINK = 3, 0.5  # updates, and the factor of the gradient between them

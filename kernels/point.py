@@ -1,7 +1,7 @@
 """The training point: random numbers, posterior sample, interpolation and look-ahead.
 
 Random numbers are Philox 4x32-10 keyed by the seed, counted by (block, stream, sample, step), as `reference` defines
-them, whatever the grid.  x_0, x_1, v: (B, ...) fp32.  None of it carries a gradient.
+them, whatever the grid; they are fp32.  x_0, x_1, v: (B, ...) fp32 | bf16 | fp16.  None of it carries a gradient.
 """
 
 import torch

@@ -63,7 +63,7 @@ class AugmentDraw:
 def sample_augmentation(seed: int, step: int, positions: Tensor, p: float) -> AugmentDraw:
     """Draw for (seed, step, position): a flip of either kind for everyone, each other change with probability p.
 
-    positions: (B,) int64, place of each image in the global batch.
+    positions: (B,) int64, position of each image in the global batch.
     """
     seeds, steps = torch.full_like(positions, seed), torch.full_like(positions, step)
     u = reference.uniform(seeds, steps, AUGMENT_UNIFORM_STREAM, positions, 6).unbind(1)

@@ -1,7 +1,8 @@
 """The command line: `soflow train`, `sample`, `doctor`, and those of `soflow.cli_data` and `soflow.cli_trained`.
 
-Exit codes: 0 done; 1 the training diverged, or the doctor found something required that does not work; 2 bad input,
-with one message on stderr; 3 the training was stopped by a signal, after it saved its state.
+Exit codes: 0 done; 1 the training diverged or lost a process, or the doctor found something required that does not
+work; 2 bad input, or a disk that refuses, with one message on stderr; 3 the training was stopped by a signal, after it
+saved its state (of several processes 0).
 """
 
 import argparse

@@ -13,7 +13,7 @@ from soflow.paths import Parameterization, Path, solution_coefficients, velocity
 class SolutionFlow(nn.Module):
     """f(x, t, s) = a(t, s) x + b(t, s) F(x, t, s): from a point at time t to the solution at time s.
 
-    network: called as network(x, t, s, labels, augment_labels), gives F with the shape of x.
+    network: gives F with the shape of x.
     sampler: how `soflow.sampling.sample` makes images in several network calls.
     Source: arXiv 2512.15657, parameterization.
     """

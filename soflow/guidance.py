@@ -1,4 +1,4 @@
-"""Classifier-free guidance inside training: the strength per row, and the two predictions it needs."""
+"""Classifier-free guidance inside training: its strength, and the mix with the network's own prediction, per row."""
 
 from typing import NamedTuple
 

@@ -56,7 +56,7 @@ class RunFolder:
         self.samples = path / "samples"
 
     def read_config(self) -> Config:
-        """Return the configuration that the run was made with, less its sample grids; ConfigError as `load_config`."""
+        """Return the configuration as the run was last continued, less its grids; ConfigError as `load_config`."""
         return load_config(self.config, NO_GRIDS)
 
     def newest_step(self) -> int:
@@ -139,7 +139,7 @@ def find_run(config: Config, resume: Path | None, warn: Callable[[str], None]) -
 
 
 def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object]) -> dict[str, object]:
-    """Return what a checkpoint says of its run: configuration, data set the unfinished interval and what is watched."""
+    """Return what a checkpoint says of its run: configuration, data set, unfinished interval."""
     return {"config": dump_config(config), "data": fingerprint, "interval": interval}
 
 

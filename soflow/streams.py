@@ -1,4 +1,4 @@
-"""Which stream of random numbers is whose: nobody else may draw from it for the same (seed, step, sample).
+"""Which stream of random numbers is whose: nobody else may draw from it for the same (seed, step, position).
 
 The ops draw posterior and noise from the streams below `reference.FREE_STREAM`. DROPOUT_STREAM is the last, because
 every layer with dropout takes the next one from there on.

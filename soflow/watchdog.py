@@ -70,7 +70,7 @@ class Watchdog:
         self._inbox.close()
 
     def beat(self, step: int) -> None:
-        """Say that this process has finished `step` steps, or is about to wait for its own files."""
+        """Say that this process moves: after `step` steps, and again after what it did between two of them."""
         self._step = step
         self._moved = time.monotonic()
 

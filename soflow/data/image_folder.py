@@ -52,8 +52,8 @@ class Listing:
 def list_images(root: str | Path) -> Listing:
     """Return the images of `root`/class/..., classes and paths in the order of their names; links are followed.
 
-    Raises DataError where there are none, files lie beside the folders of the classes, a folder cannot be listed, a
-    link leads nowhere or round, or a name is not UTF-8.
+    Images are the files with a suffix of SUFFIXES. Raises DataError where a class has none, some lie beside the folders
+    of the classes, a folder cannot be listed, a link leads nowhere or round, or a name is not UTF-8.
     """
     root = Path(root)
     if not root.is_dir():

@@ -4,7 +4,7 @@ A folder of latents holds `manifest.json`, `labels.npy` and the shards `latents-
 
     manifest.json   {"version": 1, "n": samples, "num_classes": classes, "shape": [2 C, H, W], "dtype": "float16" or
                     "float32", "labels": {"count", "bytes", "sha256"}, "shards": [{"count", "bytes", "sha256"}, ...]};
-                    further keys (encoder, crop, flip) are allowed and part of the fingerprint
+                    further keys, such as encoder, are allowed and part of the fingerprint
     labels.npy      (n,) of an integer type, each from 0 to num_classes - 1
     latents-*.npy   (count, 2 C, H, W): the mean of the VAE's posterior in the first C channels, its standard deviation
                     in the others, both as the VAE gives them (before the factor `LATENT_SCALE`)

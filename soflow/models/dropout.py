@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on (seed, step, sample) alone: the same however a batch is split or repeated."""
+"""Dropout whose masks depend on (seed, step, position) alone: the same however a batch is split or repeated."""
 
 from types import ModuleType
 
@@ -11,7 +11,7 @@ from soflow.streams import DROPOUT_STREAM
 class Dropout:
     """The masks of one evaluation of a network, a stream of them for each of its layers.
 
-    draw_keys: (B, 3) int64, seed, step and place in the global batch of each row.  rate: share of elements dropped.
+    draw_keys: (B, 3) int64, seed, step and position in the global batch of each row.  rate: share of elements dropped.
     """
 
     def __init__(self, ops: ModuleType, rate: float, draw_keys: Tensor) -> None:

@@ -16,7 +16,7 @@ class Network(nn.Module, abc.ABC):
 
     x: (B, in_channels, input_size, input_size).  t, s: (B,).  labels: (B,) int64, num_classes being the null label,
     or None for the null label in every row.  augment_labels: (B, A), or None.
-    draw_keys: (B, 3) int64, seed, step and place in the global batch of each row, which a dropout mask is drawn from.
+    draw_keys: (B, 3) int64, seed, step and position in the global batch of each row, for the masks of dropout.
     """
 
     input_size: int

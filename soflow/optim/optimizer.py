@@ -50,7 +50,7 @@ class Optimizer(torch.optim.Optimizer):
     state_dict is that of torch.optim's optimizer of the same name, either loads the other's; that of an official
     checkpoint is one. Frozen parameters keep their place in it, unused; those without a gradient are left alone.
 
-    clip_norm: largest norm over all gradients. With it gradients are scaled in place, or on a GPU left as they are.
+    clip_norm: largest norm over all gradients. With it gradients are scaled in place, but by fused.
     skip_nonfinite: a step whose gradient is not finite changes nothing but the counters.
     averages: moved by every step, in the same launch; their weights must be parameters of this optimizer.
     shadows: bf16 copies of parameters, rewritten by every step; one that requires a gradient supplies its parameter's.
