@@ -61,7 +61,8 @@ class RunFolder:
 
     def newest_step(self) -> int:
         """Return the highest step of a checkpoint there, sound or not; 0 where there is none."""
-        return max(checkpoint.saved_steps(self.checkpoints), default=0)
+        # what is no folder `require_free_for` refuses, in its own words
+        return max(checkpoint.saved_steps(self.checkpoints), default=0) if self.path.is_dir() else 0
 
     def require_free_for(self, config: Config) -> None:
         """Raise RunError where the folder is another configuration's, or no run folder; writes nothing."""

@@ -4,6 +4,7 @@ Run as a script, this file is the process that the fault tests limit or kill: `t
 """
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -39,6 +40,7 @@ from soflow.checkpoint import (
     save,
     save_official,
     saved_steps,
+    steps,
 )
 from soflow.models import build_network
 
@@ -349,6 +351,32 @@ def test_damage_is_named_and_newest_walks_back(tmp_path: Path, file: str, damage
     assert newest(tmp_path, warnings.append) == good
     assert warnings == [f"passed over a damaged checkpoint: {message}"]
     assert is_whole(good, 1)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_what_the_system_does_not_let_us_read_is_not_taken_for_damaged(tmp_path: Path, monkeypatch, number: int):
+    """A training would go on from the one before, and delete it."""
+    write(tmp_path, 1)
+    bad = write(tmp_path, 2)
+    real = steps.fingerprint
+
+    def refuse(path: Path) -> dict:
+        if path == bad / "ema.safetensors":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(steps, "fingerprint", refuse)
+    with pytest.raises(CheckpointError, match=rf"ema\.safetensors: cannot be read: {os.strerror(number)}"):
+        newest(tmp_path)
+
+
+def test_what_is_no_folder_is_not_taken_for_no_checkpoints(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "disk that is not there")
+    for name, error in (("file", NotADirectoryError), ("link", FileNotFoundError)):
+        for read_names in (newest, saved_steps):
+            with pytest.raises(error, match=name):
+                read_names(tmp_path / name)
 
 
 def test_newest_is_none_when_all_are_damaged(tmp_path: Path):

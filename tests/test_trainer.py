@@ -209,6 +209,18 @@ def test_finished_run_is_left_as_it_is(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
+def test_checkpoints_on_a_disk_that_is_not_there_are_no_reason_to_start_again(tmp_path):
+    config = tiny.config(tmp_path)
+    folder = train(config).folder
+    folder.checkpoints.rename(tmp_path / "disk")
+    folder.checkpoints.symlink_to(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="checkpoints"):
+        Trainer(config, ALONE)
+    folder.checkpoints.unlink()
+    folder.checkpoints.symlink_to(tmp_path / "disk")
+    assert len(metrics(train(config))) == 3
+
+
 def test_run_folder_of_another_model_is_refused(tmp_path):
     train(tiny.config(tmp_path), until=2)
     before = sorted(tmp_path.rglob("*"))

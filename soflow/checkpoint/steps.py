@@ -150,12 +150,16 @@ def read(path: Path) -> Checkpoint:
 def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
     """Return the step folder of the highest step whose files match its manifest, or None where there is none.
 
-    Every folder passed over on the way is reported through `warn`, with the file and what is wrong with it.
+    Every folder passed over on the way is reported through `warn`, with the file and what is wrong with it. Raises
+    CheckpointError or OSError for what is there but cannot be read: it may be sound.
     """
     for _, folder in _step_folders(root):
         try:
             verify(folder)
         except CheckpointError as error:
+            # a training that went on from an older one would delete it
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
             warn(f"passed over a damaged checkpoint: {error}")
         else:
             return folder
@@ -198,7 +202,13 @@ def _is_kept(step: int, keep_every: int) -> bool:
 
 def _step_folders(root: Path) -> list[tuple[int, Path]]:
     # highest step first
-    paths = root.iterdir() if root.is_dir() else ()
+    try:
+        paths = list(root.iterdir())
+    except FileNotFoundError:
+        # a link to a disk that is not there does not say that there are none
+        if root.is_symlink():
+            raise
+        paths = []
     numbered = [(number, path) for path in paths if (number := _step_number(path)) is not None]
     return sorted(numbered, reverse=True)
 
