@@ -74,7 +74,7 @@ class RunFolder:
             raise RunError(f"{self.path}: got a folder without config.yaml that is not empty; choose another name")
 
     def claim(self, config: Config, newest_step: int) -> None:
-        """Write `config` there, where it says anything new; only for who holds the lock.
+        """Write `config` there, where it says anything new, and delete leftovers; only for who holds the lock.
 
         newest_step: what `newest_step` returned before the state was read. Raises RunError where another job made the
         folder its own since, or saved there, and OSError where the folder cannot be written.
@@ -91,6 +91,8 @@ class RunFolder:
             with replacing(self.config) as partial:
                 partial.write_text(text, encoding="utf-8")
         self.samples.mkdir(exist_ok=True)
+        # a run that was killed in its last save has no other that would
+        checkpoint.delete_leftovers(self.checkpoints)
 
     @contextmanager
     def locked(self, warn: Callable[[str], None]) -> Iterator[None]:

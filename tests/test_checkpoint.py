@@ -152,7 +152,7 @@ def test_meta_that_is_not_json_is_refused_before_anything_is_written(tmp_path: P
 
 
 def test_a_save_leaves_the_step_folder_and_latest(tmp_path: Path):
-    root = tmp_path / "run" / "checkpoints"
+    root = tmp_path / "checkpoints"
     folder = write(root, 1000)
     assert folder == root / "step-00001000"
     assert names(root) == {"step-00001000", "LATEST"}
@@ -379,6 +379,16 @@ def test_what_is_no_folder_is_not_taken_for_no_checkpoints(tmp_path: Path):
                 read_names(tmp_path / name)
 
 
+def test_a_step_folder_that_lies_elsewhere_is_unlinked(tmp_path: Path):
+    elsewhere = write(tmp_path, 1).rename(tmp_path / "elsewhere")
+    (tmp_path / "step-00000001").symlink_to(elsewhere)
+    write(tmp_path, 2, keep_last=1)
+    (tmp_path / "step-00000003.tmp").write_text("no folder")
+    write(tmp_path, 4, keep_last=1)
+    assert names(tmp_path) == {"elsewhere", "step-00000004", "LATEST"}
+    assert is_whole(elsewhere, 1)
+
+
 def test_newest_is_none_when_all_are_damaged(tmp_path: Path):
     flip_bit(write(tmp_path, 1) / "model.safetensors")
     with pytest.warns(UserWarning, match="model.safetensors: sha256 "):
@@ -523,6 +533,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         assert isinstance(raised.value.__cause__, OSError)
     assert names(tmp_path) == {"file"}
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_run_folder_that_is_gone_does_not_come_back_without_its_configuration(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="No such file or directory"):
+        write(tmp_path / "gone" / "checkpoints", 1)
+    assert not names(tmp_path)
 
 
 def test_a_full_disk_is_named_and_harms_nothing(tmp_path: Path):

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -207,6 +208,16 @@ def test_finished_run_is_left_as_it_is(tmp_path):
     assert again.fit()
     assert_same_state(again, first)
     assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_what_a_kill_in_the_last_save_left_goes_when_the_run_is_started_again(tmp_path):
+    config = tiny.config(tmp_path)
+    checkpoints = train(config).folder.checkpoints
+    before = sorted(checkpoints.iterdir())
+    shutil.copytree(checkpoints / "step-00000008", checkpoints / "step-00000004.old.tmp")
+    (checkpoints / "LATEST.tmp").write_text("step")
+    assert train(config).finished == 8
+    assert sorted(checkpoints.iterdir()) == before
 
 
 def test_checkpoints_on_a_disk_that_is_not_there_are_no_reason_to_start_again(tmp_path):

@@ -11,7 +11,17 @@ from soflow.checkpoint.official import (
     load_official,
     save_official,
 )
-from soflow.checkpoint.steps import Checkpoint, drop_later, load, newest, read, save, saved_steps, verify
+from soflow.checkpoint.steps import (
+    Checkpoint,
+    delete_leftovers,
+    drop_later,
+    load,
+    newest,
+    read,
+    save,
+    saved_steps,
+    verify,
+)
 from soflow.checkpoint.writer import Snapshots, Writer
 
 __all__ = [
@@ -22,6 +32,7 @@ __all__ = [
     "Snapshots",
     "UNetShape",
     "Writer",
+    "delete_leftovers",
     "drop_later",
     "infer_dit_shape",
     "infer_unet_shape",

@@ -66,15 +66,15 @@ def save(
     and stride are stored as they are, those that share memory once each; `meta` must be JSON, where NaN and infinities
     are allowed and come back. A folder of the same step is replaced; folders of later steps are left alone. Returns the
     step folder. Raises CheckpointError where the disk refuses: the folders that stood there before still do, and
-    nothing partial is left.
+    nothing partial is left. The folder of `root` must exist.
     """
     folder = root / f"step-{step:08d}"
     partial = folder.with_name(folder.name + ".tmp")
     meta_text = json.dumps({"format_version": FORMAT_VERSION, "step": step, "meta": meta}, indent=1)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob("step-*.tmp"):
-            shutil.rmtree(leftover)
+        # not its parents: a run folder that is gone would come back without its configuration
+        root.mkdir(exist_ok=True)
+        delete_leftovers(root)
         partial.mkdir()
         save_file(separate(model), partial / MODEL)
         save_file(separate(ema), partial / EMA)
@@ -94,11 +94,11 @@ def save(
         with replacing(root / LATEST) as latest:
             latest.write_text(folder.name + "\n")
         if replaced is not None:
-            shutil.rmtree(replaced)
+            _delete(replaced)
         if keep_last > 0:
             older = [path for number, path in _step_folders(root) if number < step and not _is_kept(number, keep_every)]
             for path in older[keep_last - 1 :]:
-                shutil.rmtree(_set_aside(path))
+                _delete(_set_aside(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot save the checkpoint: {error}") from error
     finally:
@@ -181,6 +181,13 @@ def drop_later(root: Path, step: int) -> list[Path]:
     return later
 
 
+def delete_leftovers(root: Path) -> None:
+    """Delete what an interrupted `save`, or `drop_later`, left in `root`; only for who saves there."""
+    for pattern in ("step-*.tmp", LATEST + ".tmp"):
+        for leftover in root.glob(pattern):
+            _delete(leftover)
+
+
 def saved_steps(root: Path) -> dict[int, Path]:
     """Return the step folders below `root`, sound or not, by their number, the earliest first."""
     return dict(reversed(_step_folders(root)))
@@ -189,6 +196,18 @@ def saved_steps(root: Path) -> dict[int, Path]:
 def _set_aside(folder: Path) -> Path:
     # deleted under a name that no reader looks at: an interrupted deletion never looks like a damaged checkpoint
     return folder.rename(folder.with_name(folder.name + ".old.tmp"))
+
+
+def _delete(path: Path) -> None:
+    try:
+        # a step folder may be a link: to another disk, where somebody moved it
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        # rmtree names the file without its folder
+        raise OSError(error.errno, f"cannot be deleted: {error.strerror}", str(path)) from error
 
 
 def _step_number(path: Path) -> int | None:
