@@ -6,7 +6,9 @@ JSON has no other word for it; the plain line says nan or inf.
 
 import json
 import math
+import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -66,7 +68,10 @@ class RunLog(NullLog):
         metrics = folder / "metrics.jsonl"
         _cut_back(metrics, first_step)
         self._metrics = metrics.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
+        self._told_before = threading.excepthook
+        threading.excepthook = self._told
+        with _naming(folder):
+            self._tensorboard = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1)
         # disable=None: no bar unless stderr is a terminal
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", file=sys.stderr, disable=None)
         self._total_steps = total_steps
@@ -101,17 +106,26 @@ class RunLog(NullLog):
 
     def close(self) -> None:
         """Write out what is still held back and end the progress bar."""
-        with _naming(self._folder), closing(self._metrics), closing(self._tensorboard):
-            self._bar.close()
+        try:
+            with _naming(self._folder), closing(self._metrics), closing(self._tensorboard):
+                self._bar.close()
+        finally:
+            threading.excepthook = self._told_before
+
+    def _told(self, end: threading.ExceptHookArgs) -> None:
+        # what ends TensorBoard's thread is raised where the log is written, too: no traceback besides
+        if not (isinstance(end.exc_value, OSError) and type(end.thread).__name__ == "_AsyncWriterThread"):
+            self._told_before(end)
 
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    # a full disk shows without a path when an open file is written
+    # a full disk shows without a path when an open file is written; TensorBoard opens its own by bytes
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"cannot write the log: {error.strerror}", str(folder)) from error
+        path = str(folder) if error.filename is None else os.fsdecode(error.filename)
+        raise OSError(error.errno, f"cannot write the log: {error.strerror}", path) from error
 
 
 def _plain_line(step: int, total_steps: int, values: Mapping[str, float], seconds_left: float) -> str:

@@ -1,12 +1,15 @@
 """The log of a run: metrics.jsonl without gap or repeat, TensorBoard, plain lines that a progress bar does not tear."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +145,31 @@ def test_a_full_disk_is_named(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     failures = [line for line in done.stdout.splitlines() if not line.startswith("step ")]
     assert failures == [f"[Errno 27] cannot write the log: File too large: '{tmp_path}'"] * 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that not even root can write")
+def test_what_tensorboard_cannot_write_is_named_once(tmp_path: Path, capfd: pytest.CaptureFixture):
+    hook = threading.excepthook
+    (tmp_path / "tensorboard").symlink_to("/proc/self/task")
+    with pytest.raises(OSError, match="cannot write the log: ") as raised:
+        RunLog(tmp_path, 10, 0)
+    assert raised.value.filename.startswith(f"{tmp_path}/tensorboard/events")
+    threading.excepthook = hook
+    (tmp_path / "tensorboard").unlink()
+    log = RunLog(tmp_path, 10, 0)
+    shutil.rmtree(tmp_path / "tensorboard")
+
+    def two_intervals() -> None:
+        # what ends the thread in the first may be noticed in the second only
+        log.interval(1, VALUES)
+        log.interval(2, VALUES)
+
+    with pytest.raises(OSError, match="cannot write the log: No such file or directory: '.*/tensorboard/events"):
+        two_intervals()
+    with contextlib.suppress(OSError):
+        log.close()
+    assert threading.excepthook is hook
+    assert "Traceback" not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- TensorBoard
