@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 the training diverged or lost a process, or the doctor found something required that does not
 work; 2 bad input, or a disk that refuses, with one message on stderr; 3 the training was stopped by a signal, after it
-saved its state (of several processes 0).
+saved its state (of several processes 0); 130 interrupted at once.
 """
 
 import argparse
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from soflow.vae import Vae
 
 DONE, FAILED, BAD_INPUT, STOPPED = range(4)
+INTERRUPTED = 130  # as shells have it
 PREVIEWED_CLASSES = SEEDS_PER_CLASS = 10
 
 
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        if args.traceback:
+            raise
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 # ------------------------------------------------------------------------------------------------

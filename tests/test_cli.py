@@ -289,6 +289,17 @@ def test_a_stop_by_a_signal_is_exit_code_3(recipe, capsys, monkeypatch):
     assert main(["train", str(recipe)]) == 0
 
 
+def test_an_interrupt_is_exit_code_130(recipe, capsys, monkeypatch):
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("soflow.config_file.load_config", interrupt)
+    assert main(["train", str(recipe)]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+    with pytest.raises(KeyboardInterrupt):
+        main(["train", str(recipe), "--traceback"])
+
+
 def test_errors_of_the_program_are_not_disguised(recipe, monkeypatch):
     def fail(*arguments: object) -> None:
         raise ZeroDivisionError
