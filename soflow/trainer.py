@@ -108,8 +108,8 @@ class Trainer:
         with ExitStack() as stack:
             self._on_first(lambda: stack.enter_context(self.folder.locked(print)))
             self._on_first(lambda: self.folder.claim(config, self._newest))
-            self._write_status("running", "")
             try:
+                self._on_first(lambda: self.folder.write_status("running", self.finished, ""))
                 with Watchdog(self.processes, config.engine.timeout_s, config.engine.grace_s) as watchdog:
                     if self.finished < last:
                         self._on_first(self._forget_later)

@@ -6,6 +6,7 @@ other configurations), the number of processes in test_distributed.py.
 """
 
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -231,6 +232,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_pa
     assert main(["train", str(file), f"output_dir={tmp_path / 'file'}"]) == 2
     assert "file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.slow
+def test_a_status_that_cannot_be_written_is_every_process_s_error(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    file = recipe(tmp_path, *SHORT)
+    shutil.copy(file, tmp_path / "tiny" / "config.yaml")
+    (tmp_path / "tiny" / "status.json.tmp").mkdir()
+    ends = [finish(process) for process in ranks(2, FAULTY, "none", "0", "0", str(file))]
+    assert [code for code, _ in ends] == [2, 2], ends
+    assert all("status.json.tmp: Is a directory" in output for _, output in ends), ends
 
 
 @pytest.mark.slow
