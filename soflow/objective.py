@@ -15,7 +15,7 @@ from soflow.flow import SolutionFlow
 from soflow.guidance import row_guidance
 from soflow.kernels import reference
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients, velocity_factor
-from soflow.slope import Lookahead, slope
+from soflow.slope import Lookahead
 from soflow.times import at_least_gap
 
 
@@ -164,18 +164,6 @@ class Objective(GuidedObjective):
     def step_calls(self, num_rows: int, num_velocity: int, conditional: bool) -> int:
         """Return the operations of a step in forward calls of one row; the difference of a row is one more."""
         return super().step_calls(num_rows, num_velocity, conditional) + num_rows - num_velocity
-
-    def slope(self, flow: SolutionFlow, batch: Batch) -> Tensor:
-        """Return the slope q of the consistency rows, (B - num_velocity, C, H, W), detached."""
-        rows = slice(batch.num_velocity, None)
-        with torch.no_grad():
-            x_t, v_t = self.point(flow, batch)
-            v, _, _ = self.look_ahead(flow, batch, x_t, v_t)
-        labels, augment_labels = (
-            None if y is None else y[rows] for y in (trained_labels(flow, batch), batch.augment_labels)
-        )
-        times = batch.t[rows], batch.l[rows], batch.s[rows]
-        return slope(flow, x_t[rows], v[rows], *times, labels, augment_labels, lookahead=self.lookahead).q
 
     def _joint_call(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
         """F_t of every row with gradient, and dF = F_l - F_t of the consistency rows without."""

@@ -31,7 +31,6 @@ def slope(
     l: Tensor,
     s: Tensor,
     labels: Tensor | None = None,
-    augment_labels: Tensor | None = None,
     *,
     lookahead: Lookahead = "difference",
 ) -> Slope:
@@ -42,30 +41,22 @@ def slope(
     """
     dx = v * (l - t).view(-1, 1, 1, 1)
     if lookahead == "difference":
-        F_t, dF = flow.network.forward_difference(x, dx, t, l - t, s, labels, augment_labels)
+        F_t, dF = flow.network.forward_difference(x, dx, t, l - t, s, labels)
     else:
-        F_t = flow.network(x, t, s, labels, augment_labels)
-        dF = flow.network(x + dx, l, s, labels, augment_labels) - F_t
+        F_t = flow.network(x, t, s, labels)
+        dF = flow.network(x + dx, l, s, labels) - F_t
     c = slope_coefficients(flow.parameterization, t, l, s).view(-1, 4, 1, 1, 1).unbind(1)
     return Slope(F_t, dF, c[0] * x + c[1] * v + c[2] * F_t + c[3] * dF)
 
 
-def exact_slope(
-    flow: SolutionFlow,
-    x: Tensor,
-    v: Tensor,
-    t: Tensor,
-    s: Tensor,
-    labels: Tensor | None = None,
-    augment_labels: Tensor | None = None,
-) -> Tensor:
+def exact_slope(flow: SolutionFlow, x: Tensor, v: Tensor, t: Tensor, s: Tensor, labels: Tensor | None = None) -> Tensor:
     """Return the limit of `slope` as l goes to t: d f(x + v (l - t), l, s) / d l at l = t, (B, C, H, W).
 
     By forward-mode differentiation, so the network must compute with the reference ops, and without dropout.
     """
 
     def solve(x: Tensor, t: Tensor) -> Tensor:
-        F_t = flow.network(x, t, s, labels, augment_labels)
+        F_t = flow.network(x, t, s, labels)
         return reference.solution_map(x, F_t, *solution_coefficients(flow.parameterization, t, s))
 
     # the fused kernels of attention have no forward mode

@@ -138,18 +138,6 @@ def test_unconditional_batch():
     torch.testing.assert_close(objective(flow, unlabelled).loss, Objective(1.0)(flow, null).loss)
 
 
-def test_slope_is_the_divided_difference():
-    flow, batch = make_flow(), make_batch(num_velocity=0)
-    q = Objective().slope(flow, batch)
-    with torch.no_grad():
-        labels = torch.where(batch.null_mask, NULL, batch.labels)
-        t, l = batch.t[:, None, None, None], batch.l[:, None, None, None]
-        x_t, v_t = (1 - t) * batch.x_0 + t * batch.x_1, batch.x_1 - batch.x_0
-        f_t = flow.solve(x_t, batch.t, batch.s, labels)
-        f_l = flow.solve(x_t + v_t * (l - t), batch.l, batch.s, labels)
-    torch.testing.assert_close(q, (f_t - f_l) / (t - l), rtol=1e-9, atol=1e-9)
-
-
 def test_consistency_gradient_is_half_that_of_the_weighted_square():
     flow, batch = make_flow(), make_batch(num_velocity=0)
     parameters = [p for p in flow.parameters() if p.requires_grad]
