@@ -186,6 +186,8 @@ def test_unknown_fields_name_the_nearest(override, suggestion):
         ("network.mlp_ratio=.nan", "network.mlp_ratio: got nan, expected above 0 and at most 1024"),
         ("times.t_mean=-1e10", "times.t_mean: got -10000000000.0, expected a finite number of at most 1000000000"),
         ("optim.lr=1e300", "optim.lr: got 1e+300, expected a finite number of at most 1000000000"),
+        ("optim.lr=.inf", "optim.lr: got inf, expected a finite number of at most 1000000000"),
+        ("times.s_mean=.nan", "times.s_mean: got nan, expected a finite number of at most 1000000000"),
         ('output_dir="\\0"', "output_dir: got '\\x00', expected text without the character NUL"),
         (
             "objective.cfg_scale=2",
