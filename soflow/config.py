@@ -54,36 +54,35 @@ UNUSED = {
 LATENT_SOURCES = ("latents", "hdf5")
 
 
-def require(section: str, name: str, value: Any, valid: bool, expected: str) -> None:
-    """Raise ValueError 'section.name: got value, expected ...' unless `valid`."""
+def require(name: str, value: Any, valid: bool, expected: str) -> None:
+    """Raise ValueError 'name: got value, expected ...' unless `valid`."""
     if not valid:
-        key = f"{section}.{name}" if section else name
-        raise ValueError(f"{key}: got {value!r}, expected {expected}")
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
-def require_sampler(section: str, sampler: Sampler, objective: str) -> None:
-    """Raise ValueError unless a network trained by `objective` can be sampled by `sampler`, a field of `section`."""
+def require_sampler(name: str, sampler: Sampler, objective: str) -> None:
+    """Raise ValueError 'name: got sampler, expected ...' unless a network trained by `objective` can be sampled so."""
     able = SAMPLERS[objective]
     expected = f"{' or '.join(able)}, which is what the objective {objective} trains for"
-    require(section, "sampler", sampler, sampler in able, expected)
+    require(name, sampler, sampler in able, expected)
 
 
 def require_calls(name: str, nfe: int, sampler: Sampler) -> None:
     """Raise ValueError 'name: got nfe, expected ...' unless `sampler` can draw in `nfe` network calls."""
-    require("", name, nfe, nfe >= 1, "at least 1")
+    require(name, nfe, nfe >= 1, "at least 1")
     valid = sampler != "heun" or nfe % 2 == 0
-    require("", name, nfe, valid, "an even number, because the sampler heun makes two calls per step")
+    require(name, nfe, valid, "an even number, because the sampler heun makes two calls per step")
 
 
-def require_bounded(section: str, name: str, value: Any) -> None:
+def require_bounded(name: str, value: Any) -> None:
     """Raise ValueError for a value of a field that is of no use in any: a huge number, NaN, text with a NUL."""
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, int):
-            require(section, name, value, abs(part) <= MAX_INT, "an integer below 2**63")
+            require(name, value, abs(part) <= MAX_INT, "an integer below 2**63")
         elif isinstance(part, float):
-            require(section, name, value, abs(part) <= MAX_FLOAT, f"a finite number of at most {MAX_FLOAT:.0f}")
+            require(name, value, abs(part) <= MAX_FLOAT, f"a finite number of at most {MAX_FLOAT:.0f}")
         elif isinstance(part, str):
-            require(section, name, value, "\0" not in part, "text without the character NUL")
+            require(name, value, "\0" not in part, "text without the character NUL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,21 +114,21 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         for name in ("input_size", "in_channels"):
-            require("network", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
-        require("network", "num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
+            require(f"network.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        require("network.num_classes", self.num_classes, self.num_classes >= 0, "an integer of at least 0")
         if self.name == "own":
             for name in (shape_field.name for shape_field in fields(self) if shape_field.default is None):
                 value = getattr(self, name)
-                require("network", name, value, value is None, "nothing, because network.name is own")
+                require(f"network.{name}", value, value is None, "nothing, because network.name is own")
         for name, value in vars(self).items():
             if isinstance(value, int):
-                require("network", name, value, value <= MAX_SIZE, f"an integer of at most {MAX_SIZE}")
+                require(f"network.{name}", value, value <= MAX_SIZE, f"an integer of at most {MAX_SIZE}")
         if self.mlp_ratio is not None:
             valid = 0 < self.mlp_ratio <= MAX_FACTOR
-            require("network", "mlp_ratio", self.mlp_ratio, valid, f"above 0 and at most {MAX_FACTOR}")
+            require("network.mlp_ratio", self.mlp_ratio, valid, f"above 0 and at most {MAX_FACTOR}")
         if self.channel_mult is not None:
             valid = max(self.channel_mult, default=1) <= MAX_FACTOR
-            require("network", "channel_mult", self.channel_mult, valid, f"factors of at most {MAX_FACTOR}")
+            require("network.channel_mult", self.channel_mult, valid, f"factors of at most {MAX_FACTOR}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,21 +168,19 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         for name in ("fm_ratio", "mix_ratio", "label_dropout"):
-            require("objective", name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
-        require("objective", "cfg_scale", self.cfg_scale, self.cfg_scale >= 1, "a number of at least 1")
-        require(
-            "objective", "cfg_decay_time", self.cfg_decay_time, 0 < self.cfg_decay_time <= 1, "above 0 and at most 1"
-        )
-        require("objective", "loss_p", self.loss_p, self.loss_p >= 0, "a number of at least 0")
-        require("objective", "loss_eps", self.loss_eps, self.loss_eps > 0, "a number above 0")
+            require(f"objective.{name}", getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        require("objective.cfg_scale", self.cfg_scale, self.cfg_scale >= 1, "a number of at least 1")
+        require("objective.cfg_decay_time", self.cfg_decay_time, 0 < self.cfg_decay_time <= 1, "above 0 and at most 1")
+        require("objective.loss_p", self.loss_p, self.loss_p >= 0, "a number of at least 0")
+        require("objective.loss_eps", self.loss_eps, self.loss_eps > 0, "a number above 0")
         because = f"because objective.cfg_scale is {self.cfg_scale}"
         if self.cfg_scale > 1:
             valid = self.label_dropout > 0
             expected = f"above 0, {because} and guidance needs a trained null label"
-            require("objective", "label_dropout", self.label_dropout, valid, expected)
+            require("objective.label_dropout", self.label_dropout, valid, expected)
         else:
             expected = f"1, {because}: only a guided velocity is mixed"
-            require("objective", "mix_ratio", self.mix_ratio, self.mix_ratio == 1, expected)
+            require("objective.mix_ratio", self.mix_ratio, self.mix_ratio == 1, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +201,9 @@ class TimesConfig:
 
     def __post_init__(self) -> None:
         for name in ("velocity_std", "t_std", "s_std"):
-            require("times", name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            require(f"times.{name}", getattr(self, name), getattr(self, name) > 0, "a number above 0")
         for name in ("gap_init", "gap_end"):
-            require("times", name, getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+            require(f"times.{name}", getattr(self, name), 0 < getattr(self, name) <= 1, "above 0 and at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,19 +228,19 @@ class DataConfig:
     def __post_init__(self) -> None:
         because = f"because data.source is {self.source}"
         if self.source in ("digits", "own"):
-            require("data", "root", self.root, self.root is None, f"nothing, {because}")
+            require("data.root", self.root, self.root is None, f"nothing, {because}")
         else:
-            require("data", "root", self.root, self.root is not None, f"a folder or file, {because}")
+            require("data.root", self.root, self.root is not None, f"a folder or file, {because}")
         if self.source == "images":
             valid = self.image_size is not None and self.image_size >= 1
-            require("data", "image_size", self.image_size, valid, f"an integer of at least 1, {because}")
+            require("data.image_size", self.image_size, valid, f"an integer of at least 1, {because}")
         else:
-            require("data", "image_size", self.image_size, self.image_size is None, f"nothing, {because}")
-        require("data", "augment_p", self.augment_p, 0 <= self.augment_p <= 1, "a number from 0 to 1")
+            require("data.image_size", self.image_size, self.image_size is None, f"nothing, {because}")
+        require("data.augment_p", self.augment_p, 0 <= self.augment_p <= 1, "a number from 0 to 1")
         if self.source in LATENT_SOURCES:
-            require("data", "augment_p", self.augment_p, self.augment_p == 0, f"0, {because}: it changes images")
+            require("data.augment_p", self.augment_p, self.augment_p == 0, f"0, {because}: it changes images")
         valid = 1 <= self.prefetch <= MAX_AT_ONCE
-        require("data", "prefetch", self.prefetch, valid, f"an integer from 1 to {MAX_AT_ONCE}")
+        require("data.prefetch", self.prefetch, valid, f"an integer from 1 to {MAX_AT_ONCE}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,15 +270,15 @@ class OptimConfig:
     ] = "auto"
 
     def __post_init__(self) -> None:
-        require("optim", "lr", self.lr, self.lr > 0, "a number above 0")
-        require("optim", "betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
-        require("optim", "eps", self.eps, self.eps > 0, "a number above 0")
-        require("optim", "weight_decay", self.weight_decay, self.weight_decay >= 0, "a number of at least 0")
-        require("optim", "max_bad_steps", self.max_bad_steps, self.max_bad_steps >= 1, "an integer of at least 1")
+        require("optim.lr", self.lr, self.lr > 0, "a number above 0")
+        require("optim.betas", self.betas, all(0 <= b < 1 for b in self.betas), "two numbers from 0 to below 1")
+        require("optim.eps", self.eps, self.eps > 0, "a number above 0")
+        require("optim.weight_decay", self.weight_decay, self.weight_decay >= 0, "a number of at least 0")
+        require("optim.max_bad_steps", self.max_bad_steps, self.max_bad_steps >= 1, "an integer of at least 1")
         if self.clip_norm is not None:
-            require("optim", "clip_norm", self.clip_norm, self.clip_norm > 0, "a number above 0, or null")
+            require("optim.clip_norm", self.clip_norm, self.clip_norm > 0, "a number above 0, or null")
         if self.backend == "apex":
-            require("optim", "name", self.name, self.name == "adamw", "adamw, which alone the backend apex has")
+            require("optim.name", self.name, self.name == "adamw", "adamw, which alone the backend apex has")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +295,12 @@ class EmaConfig:
     )
 
     def __post_init__(self) -> None:
-        require("ema", "decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
-        require("ema", "every", self.every, self.every >= 1, "an integer of at least 1")
+        require("ema.decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
+        require("ema.every", self.every, self.every >= 1, "an integer of at least 1")
         if self.sigma_rel is not None:
             valid = MIN_SIGMA_REL <= self.sigma_rel <= MAX_SIGMA_REL
             expected = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}, or null"
-            require("ema", "sigma_rel", self.sigma_rel, valid, expected)
+            require("ema.sigma_rel", self.sigma_rel, valid, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,11 +324,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("total_steps", "batch_size", "accumulation", "log_every", "sample_nfe", "checkpoint_every"):
-            require("train", name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+            require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         calls_valid = self.sample_nfe <= MAX_AT_ONCE
-        require("train", "sample_nfe", self.sample_nfe, calls_valid, f"an integer of at most {MAX_AT_ONCE}")
+        require("train.sample_nfe", self.sample_nfe, calls_valid, f"an integer of at most {MAX_AT_ONCE}")
         for name in ("sample_every", "keep_last", "keep_every"):
-            require("train", name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
+            require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,10 +361,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("timeout_s", "grace_s"):
-            require("engine", name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            require(f"engine.{name}", getattr(self, name), getattr(self, name) > 0, "a number above 0")
         if self.threads is not None:
             valid = 1 <= self.threads <= MAX_THREADS
-            require("engine", "threads", self.threads, valid, f"an integer from 1 to {MAX_THREADS}, or null")
+            require("engine.threads", self.threads, valid, f"an integer from 1 to {MAX_THREADS}, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,22 +388,22 @@ class Config:
         for section, part in vars(self).items():
             if is_dataclass(part):
                 for name, value in vars(part).items():
-                    require_bounded(section, name, value)
+                    require_bounded(f"{section}.{name}", value)
             else:
-                require_bounded("", section, part)
+                require_bounded(section, part)
         name_valid = re.fullmatch(r"[A-Za-z0-9._-]+", self.name) is not None and self.name not in (".", "..")
-        require("", "name", self.name, name_valid, "letters, digits, '.', '_' and '-' only")
-        require("", "seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
+        require("name", self.name, name_valid, "letters, digits, '.', '_' and '-' only")
+        require("seed", self.seed, 0 <= self.seed < 2**63, "an integer from 0 to 2**63 - 1")
         if self.objective.cfg_scale > 1:
             num_classes = self.network.num_classes
             expected = "at least 1 class, because guidance compares a class with the null label"
-            require("network", "num_classes", num_classes, num_classes >= 1, expected)
+            require("network.num_classes", num_classes, num_classes >= 1, expected)
         if self.data.augment_p > 0:
             expected = "UNet, because data.augment_p is above 0 and no other network takes augmentation labels"
-            require("network", "name", self.network.name, self.network.name == "UNet", expected)
+            require("network.name", self.network.name, self.network.name == "UNet", expected)
         warmup, total = self.optim.warmup_steps, self.train.total_steps
         expected = f"from 0 to below train.total_steps, {total}"
-        require("optim", "warmup_steps", warmup, 0 <= warmup < total, expected)
+        require("optim.warmup_steps", warmup, 0 <= warmup < total, expected)
         self._require_what_the_objective_takes()
         self._require_grids_that_can_be_drawn()
 
@@ -415,9 +412,9 @@ class Config:
         vae = train.sample_vae
         if self.data.source in LATENT_SOURCES:
             expected = f"a VAE, {because}, or train.sample_every=0, which draws no grids"
-            require("train", "sample_vae", vae, vae is not None or train.sample_every == 0, expected)
+            require("train.sample_vae", vae, vae is not None or train.sample_every == 0, expected)
         elif self.data.source != "own":
-            require("train", "sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")
+            require("train.sample_vae", vae, vae is None, f"nothing, {because}: its samples are images")
         if train.sample_every > 0:
             require_calls("train.sample_nfe", train.sample_nfe, self.flow.sampler)
 
@@ -434,18 +431,18 @@ class Config:
             part = getattr(self, section)
             default = type(part).__dataclass_fields__[unused].default
             got = getattr(part, unused)
-            require(section, unused, got, got == default, f"{default!r}, its default: without use, {because}")
+            require(dotted, got, got == default, f"{default!r}, its default: without use, {because}")
         if name == "meanflow":
             euler = flow.parameterization == "euler"
-            require("flow", "parameterization", flow.parameterization, euler, f"euler, {because}: F is a mean velocity")
+            require("flow.parameterization", flow.parameterization, euler, f"euler, {because}: F is a mean velocity")
             ops, has_derivative = self.engine.ops, self.engine.ops != "fused"
             expected = f"auto or reference, {because}: fused kernels have no forward-mode derivative"
-            require("engine", "ops", ops, has_derivative, expected)
+            require("engine.ops", ops, has_derivative, expected)
             dropout = self.network.dropout
             no_dropout = dropout == 0 or (dropout is None and self.network.name != "UNet")
             expected = f"0, {because}: its derivative would draw another mask; null is 0.3"
-            require("network", "dropout", dropout, no_dropout, expected)
+            require("network.dropout", dropout, no_dropout, expected)
         if name == "flow_matching":
             ratio = self.objective.fm_ratio
-            require("objective", "fm_ratio", ratio, ratio == 1, f"1, {because}: every row trains the velocity")
-        require_sampler("flow", flow.sampler, name)
+            require("objective.fm_ratio", ratio, ratio == 1, f"1, {because}: every row trains the velocity")
+        require_sampler("flow.sampler", flow.sampler, name)

@@ -154,7 +154,7 @@ def read_export(folder: Path) -> Trained:
         flow = parse_section(FlowConfig, described["flow"], "flow", str(path))
         # exports once did not say: no more than their own sampler promises
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
-        require_sampler("flow", flow.sampler, objective)
+        require_sampler("flow.sampler", flow.sampler, objective)
         kind, step = str(described["weights"]), int(described["step"])
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error

@@ -114,7 +114,7 @@ def translate(raw: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[str]]:
     for key, moment in _TIME_KEYS.items():
         values = raw[key]
         valid = isinstance(values, list) and len(values) == len(_TIME_ORDER)
-        require("", key, values, valid, f"a list of 3 numbers in the order {', '.join(_TIME_ORDER)}")
+        require(key, values, valid, f"a list of 3 numbers in the order {', '.join(_TIME_ORDER)}")
         for row, value in zip(_TIME_ORDER, values, strict=True):
             _put(config, f"times.{row}_{moment}", value)
     _put(config, "network.name", _choose("model_type", raw["model_type"], _NETWORKS))
@@ -144,7 +144,7 @@ def choose_source(config: dict[Any, Any]) -> str | None:
 
 def _choose(key: str, value: Any, choices: Mapping[str, str]) -> str:
     remark = f" ({_REFUSED[str(value)]})" if str(value) in _REFUSED else ""
-    require("", key, value, str(value) in choices, f"one of {', '.join(choices)}{remark}")
+    require(key, value, str(value) in choices, f"one of {', '.join(choices)}{remark}")
     return choices[str(value)]
 
 

@@ -224,7 +224,7 @@ def load_flow(
     """
     trained = read_trained(path, weights)
     if sampler is not None:
-        require_sampler("", sampler, trained.objective)
+        require_sampler("sampler", sampler, trained.objective)
         trained = dataclasses.replace(trained, flow=dataclasses.replace(trained.flow, sampler=sampler))
     flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)), network)
     require_weights(flow.network.state_dict(), trained.weights, path)

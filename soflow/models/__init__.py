@@ -74,6 +74,13 @@ def build_network(
     in_channels and num_classes default to 4 and 1000; for "UNet", which is unconditional, to 3 and 0.
     Raises ValueError for an unknown name, a missing shape field or one that the name does not take.
     """
+    dit_shape = {
+        "patch_size": patch_size,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+    }
     unet_shape = {
         "model_channels": model_channels,
         "channel_mult": channel_mult,
@@ -83,44 +90,24 @@ def build_network(
         "augment_dim": augment_dim,
     }
     if name == "UNet":
-        dit_shape = {
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-        }
         _refuse_given(dit_shape, "name UNet has no such field")
         return _build_unet(input_size, in_channels, num_classes, unet_shape, ops)
     _refuse_given(unet_shape, f"only name UNet has such a field, not {name}")
-    given: dict[str, int] = {
-        key: value
-        for key, value in (
-            ("patch_size", patch_size),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-        )
-        if value is not None
-    }
+    preset = _official_spelling(name)
     if name == "DiT":
-        missing = [key for key in DIT_PRESETS["DiT-B/4"] if key not in given]
+        shape = _given(dit_shape)
+        missing = [key for key in DIT_PRESETS["DiT-B/4"] if key not in shape]
         if missing:
             raise ValueError(f"{missing[0]}: got nothing, expected a number, because name is 'DiT'")
-        shape = given
-    else:
-        preset = _official_spelling(name)
-        if preset not in DIT_PRESETS:
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(DIT_PRESETS)}, UNet, or DiT with a shape")
-        fixed = [*given, *(["mlp_ratio"] if mlp_ratio is not None else [])]
-        if fixed:
-            raise ValueError(f"{fixed[0]}: got a value, expected nothing, because name {preset} fixes the shape")
+    elif preset in DIT_PRESETS:
+        _refuse_given(dit_shape, f"name {preset} fixes the shape")
         shape = DIT_PRESETS[preset]
+    else:
+        raise ValueError(f"name: got {name!r}, expected one of {', '.join(DIT_PRESETS)}, UNet, or DiT with a shape")
     return DiT(
         input_size=input_size,
         in_channels=4 if in_channels is None else in_channels,
         num_classes=1000 if num_classes is None else num_classes,
-        mlp_ratio=4.0 if mlp_ratio is None else mlp_ratio,
         ops=ops,
         **shape,
     )
@@ -159,20 +146,23 @@ def _build_unet(
     input_size: int,
     in_channels: int | None,
     num_classes: int | None,
-    shape: Mapping[str, object],
+    shape: Mapping[str, Any],
     ops: ModuleType | None,
 ) -> UNet:
     if num_classes:
         raise ValueError(f"num_classes: got {num_classes}, expected 0, because name UNet is unconditional")
     channels = 3 if in_channels is None else in_channels
-    given = {key: value for key, value in shape.items() if value is not None}
-    return UNet(img_resolution=input_size, in_channels=channels, out_channels=channels, ops=ops, **UNET_CIFAR10 | given)
+    shape = UNET_CIFAR10 | _given(shape)
+    return UNet(img_resolution=input_size, in_channels=channels, out_channels=channels, ops=ops, **shape)
 
 
-def _refuse_given(shape: Mapping[str, object], reason: str) -> None:
-    for key, value in shape.items():
-        if value is not None:
-            raise ValueError(f"{key}: got {value!r}, expected nothing, because {reason}")
+def _given(shape: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in shape.items() if value is not None}
+
+
+def _refuse_given(shape: Mapping[str, Any], reason: str) -> None:
+    for key, value in _given(shape).items():
+        raise ValueError(f"{key}: got {value!r}, expected nothing, because {reason}")
 
 
 def _official_spelling(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from soflow.config import require
 from soflow.kernels import reference
 from soflow.models.network import Network
 from soflow.models.pair import Pair, PairOps
@@ -312,16 +313,13 @@ def _refuse_augment_labels(augment_labels: Tensor | None) -> None:
 def _check_shape(
     input_size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, mlp_ratio: float
 ) -> None:
-    if patch_size < 1 or input_size % patch_size:
-        raise ValueError(f"patch_size: got {patch_size}, expected a divisor of input_size {input_size}")
-    if hidden_size < 4 or hidden_size % 4:
-        raise ValueError(f"hidden_size: got {hidden_size}, expected a multiple of 4")
-    if num_heads < 1 or hidden_size % num_heads:
-        raise ValueError(f"num_heads: got {num_heads}, expected a divisor of hidden_size {hidden_size}")
-    if depth < 1:
-        raise ValueError(f"depth: got {depth}, expected at least 1")
-    if int(hidden_size * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio: got {mlp_ratio}, expected at least 1 / hidden_size")
+    divides = patch_size >= 1 and input_size % patch_size == 0
+    require("patch_size", patch_size, divides, f"a divisor of input_size {input_size}")
+    require("hidden_size", hidden_size, hidden_size >= 4 and hidden_size % 4 == 0, "a multiple of 4")
+    divides = num_heads >= 1 and hidden_size % num_heads == 0
+    require("num_heads", num_heads, divides, f"a divisor of hidden_size {hidden_size}")
+    require("depth", depth, depth >= 1, "at least 1")
+    require("mlp_ratio", mlp_ratio, int(hidden_size * mlp_ratio) >= 1, "at least 1 / hidden_size")
 
 
 def _position_features(hidden_size: int, grid_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from soflow.config import require
 from soflow.kernels import reference
 from soflow.models.dropout import Dropout, fresh_draw_keys
 from soflow.models.network import Network
@@ -180,15 +181,15 @@ class UNet(Network):
             ("num_blocks", num_blocks),
             ("channel_mult_noise", channel_mult_noise),
         ):
-            _require(name, count, count >= 1, "at least 1")
+            require(name, count, count >= 1, "at least 1")
         time_size = model_channels * channel_mult_noise
         features = f"a factor that makes an even number of at least 4 features of model_channels {model_channels}"
-        _require("channel_mult_noise", channel_mult_noise, time_size % 2 == 0 and time_size >= 4, features)
-        _require("augment_dim", augment_dim, augment_dim >= 0, "at least 0")
-        _require("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1")
-        _require("embedding_type", embedding_type, embedding_type == "positional", "'positional'")
+        require("channel_mult_noise", channel_mult_noise, time_size % 2 == 0 and time_size >= 4, features)
+        require("augment_dim", augment_dim, augment_dim >= 0, "at least 0")
+        require("dropout", dropout, 0 <= dropout < 1, "from 0 to below 1")
+        require("embedding_type", embedding_type, embedding_type == "positional", "'positional'")
         taps_valid = len(resample_filter) % 2 == 0 and sum(resample_filter) > 0
-        _require("resample_filter", resample_filter, taps_valid, "an even number of taps with a sum above 0")
+        require("resample_filter", resample_filter, taps_valid, "an even number of taps with a sum above 0")
         resolutions = _resolutions(img_resolution, channel_mult, attn_resolutions)
 
         self.input_size = img_resolution
@@ -238,7 +239,7 @@ class UNet(Network):
             if isinstance(norm, GroupNorm):
                 channels, groups = len(norm.weight), norm.num_groups
                 divisible = f"one that makes the {channels} channels of a block a multiple of {groups} groups"
-                _require("model_channels", model_channels, channels % groups == 0, divisible)
+                require("model_channels", model_channels, channels % groups == 0, divisible)
 
     def bf16_modules(self) -> Iterable[nn.Module]:
         """Return the blocks of both halves; embeddings, the first and the last convolution stay in float32."""
@@ -378,18 +379,13 @@ def _size(resolution: int) -> str:
     return f"{resolution}x{resolution}"
 
 
-def _require(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
 def _resolutions(img_resolution: int, channel_mult: Sequence[int], attn_resolutions: Sequence[int]) -> list[int]:
     factors_valid = len(channel_mult) > 0 and all(factor >= 1 for factor in channel_mult)
-    _require("channel_mult", channel_mult, factors_valid, "at least one factor, each at least 1")
+    require("channel_mult", channel_mult, factors_valid, "at least one factor, each at least 1")
     divisor = 2 ** (len(channel_mult) - 1)
-    _require("img_resolution", img_resolution, img_resolution >= 1, "at least 1")
+    require("img_resolution", img_resolution, img_resolution >= 1, "at least 1")
     fewer = f"fewer factors, because {img_resolution} pixels are no multiple of {divisor}"
-    _require("channel_mult", channel_mult, img_resolution % divisor == 0, fewer)
+    require("channel_mult", channel_mult, img_resolution % divisor == 0, fewer)
     resolutions = [img_resolution >> level for level in range(len(channel_mult))]
-    _require("attn_resolutions", attn_resolutions, set(attn_resolutions) <= set(resolutions), f"some of {resolutions}")
+    require("attn_resolutions", attn_resolutions, set(attn_resolutions) <= set(resolutions), f"some of {resolutions}")
     return resolutions

@@ -76,10 +76,10 @@ class Optimizer(torch.optim.Optimizer):
         shadows: Mapping[Tensor, Tensor] | None = None,
         backend: Literal["auto", "fused", "reference", "apex"] = "auto",
     ) -> None:
-        require("optim", "name", name, name in KINDS, " or ".join(KINDS))
-        require("optim", "backend", backend, backend in ("auto", *BACKENDS), f"auto, {', '.join(BACKENDS)}")
+        require("optim.name", name, name in KINDS, " or ".join(KINDS))
+        require("optim.backend", backend, backend in ("auto", *BACKENDS), f"auto, {', '.join(BACKENDS)}")
         bounded = clip_norm is None or 0 < clip_norm < math.inf
-        require("optim", "clip_norm", clip_norm, bounded, "a number above 0, or None")
+        require("optim.clip_norm", clip_norm, bounded, "a number above 0, or None")
         # torch's own defaults, so that a state_dict has the keys that this version of torch gives it
         theirs = KINDS[name]([torch.zeros(1)], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)  # type: ignore[call-arg]
         self._settings = {key: value for key, value in theirs.defaults.items() if key not in GROUP_SETTINGS}
