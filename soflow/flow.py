@@ -4,7 +4,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from soflow.config import Sampler
+from soflow.config import Sampler, require
 from soflow.kernels import reference
 from soflow.models.network import Network
 from soflow.paths import Parameterization, Path, solution_coefficients, velocity_factor
@@ -26,12 +26,10 @@ class SolutionFlow(nn.Module):
         sampler: Sampler = "renoise",
     ) -> None:
         super().__init__()
-        if path not in ("linear", "trig"):
-            raise ValueError(f"path: got {path!r}, expected 'linear' or 'trig'")
-        if parameterization not in ("euler", "trig"):
-            raise ValueError(f"parameterization: got {parameterization!r}, expected 'euler' or 'trig'")
-        if sampler not in get_args(Sampler):
-            raise ValueError(f"sampler: got {sampler!r}, expected one of {', '.join(get_args(Sampler))}")
+        require("path", path, path in ("linear", "trig"), "'linear' or 'trig'")
+        require("parameterization", parameterization, parameterization in ("euler", "trig"), "'euler' or 'trig'")
+        samplers = get_args(Sampler)
+        require("sampler", sampler, sampler in samplers, f"one of {', '.join(samplers)}")
         self.network = network
         self.path = path
         self.parameterization = parameterization

@@ -11,11 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from soflow.config import require
 from soflow.flow import SolutionFlow
 from soflow.guidance import row_guidance
 from soflow.kernels import reference
 from soflow.paths import path_coefficients, slope_coefficients, solution_coefficients, velocity_factor
-from soflow.slope import Lookahead
+from soflow.slope import LOOKAHEADS, Lookahead
 from soflow.times import at_least_gap
 
 
@@ -79,8 +80,7 @@ class GuidedObjective(abc.ABC):
         loss_eps: float = 0.01,
         ops: ModuleType | None = None,
     ) -> None:
-        if cfg_scale < 1.0:
-            raise ValueError(f"cfg_scale: got {cfg_scale}, expected at least 1")
+        require("cfg_scale", cfg_scale, cfg_scale >= 1, "at least 1")
         self.cfg_scale = cfg_scale
         self.cfg_decay_time = cfg_decay_time
         self.mix_ratio = mix_ratio
@@ -146,8 +146,7 @@ class Objective(GuidedObjective):
         ops: ModuleType | None = None,
     ) -> None:
         super().__init__(cfg_scale, cfg_decay_time, mix_ratio, loss_p, loss_eps, ops)
-        if lookahead not in ("difference", "two_pass"):
-            raise ValueError(f"lookahead: got {lookahead!r}, expected 'difference' or 'two_pass'")
+        require("lookahead", lookahead, lookahead in LOOKAHEADS, "'difference' or 'two_pass'")
         self.lookahead = lookahead
 
     def __call__(self, flow: SolutionFlow, batch: Batch) -> ObjectiveOutput:

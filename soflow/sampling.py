@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from soflow.config import require_calls
+from soflow.config import require, require_calls
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.paths import path_coefficients
@@ -17,8 +17,7 @@ def sample_noise(seeds: Tensor, shape: tuple[int, int, int], nfe: int = 1) -> tu
 
     seeds: (N,) int64.  Every image depends on its own seed alone: neither on the batch nor on its place in it.
     """
-    if nfe < 1:
-        raise ValueError(f"nfe: got {nfe}, expected at least 1")
+    require("nfe", nfe, nfe >= 1, "at least 1")
     num = shape[0] * shape[1] * shape[2]
     first = torch.zeros_like(seeds)
     noise, *renoise = (
