@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
-from soflow.checkpoint.files import load_tensors, separate, sync
+from soflow.checkpoint.files import load_tensors, separate, sync, sync_folder
 from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
 from soflow.config_file import ConfigError, parse_section
 from soflow.images import IMAGE_CHANNELS
@@ -124,11 +124,7 @@ def write_export(folder: Path, trained: Trained) -> None:
             save_file(separate(trained.weights), partial / WEIGHTS, metadata={"format": "pt"})
             (partial / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             (partial / CARD).write_text(_model_card(trained), encoding="utf-8")
-            mode = (partial / CARD).stat().st_mode
-            for path in partial.iterdir():
-                path.chmod(mode)  # safetensors makes its files readable by the owner only
-                sync(path)
-            sync(partial)
+            sync_folder(partial, like=partial / CARD)
             partial.rename(folder)
             sync(folder.parent)
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from soflow import export
-from soflow.checkpoint import CheckpointError
+from soflow.checkpoint import CheckpointError, files
 from soflow.cli import main
 from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
 from soflow.distributed import Processes
@@ -56,7 +56,8 @@ def test_an_export_is_on_the_disk_before_it_is_there_and_touches_nothing_else(tm
     (beside / "thesis.txt").write_text("precious")
     seen: list[str] = []
     sync, rename = export.sync, Path.rename
-    monkeypatch.setattr(export, "sync", lambda path: seen.append(path.name) or sync(path))
+    for module in (export, files):
+        monkeypatch.setattr(module, "sync", lambda path: seen.append(path.name) or sync(path))
     monkeypatch.setattr(Path, "rename", lambda path, to: seen.append("rename") or rename(path, to))
     assert main(["export", str(run), str(tmp_path / "out")]) == 0
     assert sorted(seen[:3]) == ["README.md", "config.json", "model.safetensors"]

@@ -142,6 +142,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_folder(folder: Path, like: Path) -> None:
+    """Return when a folder of files is on the disk; who may read the file `like` may read them all."""
+    mode = like.stat().st_mode
+    for path in folder.iterdir():
+        path.chmod(mode)  # safetensors makes its files readable by the owner only
+        sync(path)
+    sync(folder)
+
+
 def fingerprint(path: Path) -> dict[str, Any]:
     """Return size and SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -29,6 +29,7 @@ from soflow.checkpoint.files import (
     save_pickle,
     separate,
     sync,
+    sync_folder,
 )
 
 FORMAT_VERSION = 1
@@ -82,11 +83,7 @@ def save(
         (partial / META).write_text(meta_text + "\n")
         files = {name: fingerprint(partial / name) for name in (MODEL, EMA, OPTIMIZER, META)}
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
-        mode = (partial / META).stat().st_mode
-        for path in partial.iterdir():
-            path.chmod(mode)  # safetensors makes its files readable by the owner only
-            sync(path)
-        sync(partial)
+        sync_folder(partial, like=partial / META)
 
         replaced = _set_aside(folder) if folder.exists() else None
         partial.rename(folder)
