@@ -45,11 +45,11 @@ class FieldHelp(NamedTuple):
 
 
 def print_notice(text: str) -> None:
-    """Print `text` on stderr; what `load_config` does with notices unless told otherwise."""
+    """Print `text` on stderr; what `parse_config` does with notices unless told otherwise."""
     print(f"note: {text}", file=sys.stderr)
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), notice: Callable[[str], None] = print_notice) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Return the configuration of a YAML file, changed by overrides `section.field=value` (the last of a field wins).
 
     Raises ConfigError for a file that cannot be read and for everything `parse_config` refuses.
@@ -60,7 +60,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), notice: Callable[[str
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text: {error}") from error
-    return parse_config(text, str(path), overrides, notice)
+    return parse_config(text, str(path), overrides)
 
 
 def parse_config(

@@ -59,11 +59,6 @@ class Processes:
             dist.all_gather_object(values, value, group=self.hosts)
         return values
 
-    def wait(self) -> None:
-        """Return when every process has come here."""
-        if self.world_size > 1:
-            dist.barrier(group=self.hosts)
-
 
 class Ballot:
     """What any process wants, known to all of them at the same step, one round late.

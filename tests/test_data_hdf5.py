@@ -73,7 +73,7 @@ def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
     latents[11, 2, 0, 0] = value
     latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)
     with pytest.raises(DataError, match=rf"latents: row 11 is not finite in {dtype}"):
-        convert_hdf5(Hdf5Source(tmp_path / "official.hdf5"), tmp_path / "ours", dtype)
+        convert_hdf5(Hdf5Source(tmp_path / "official.hdf5"), tmp_path / "ours", dtype, 2**30)
     assert not (tmp_path / "ours" / "manifest.json").exists()
 
 

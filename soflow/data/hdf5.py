@@ -18,7 +18,6 @@ from soflow.data.latents import latent_moments
 from soflow.data.source import DataError, Source, checked_labels
 from soflow.official_config import LATENTS_FILE
 
-SHARD_BYTES = 2**30
 _ROWS_AT_ONCE = 1024
 
 
@@ -113,7 +112,7 @@ def convert_hdf5(
     source: Hdf5Source,
     root: Path,
     dtype: Literal["float16", "float32"],
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int,
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write the samples of an official file to the folder `root` in our format; a second call continues the first.
