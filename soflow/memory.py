@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from soflow.assembly import assemble
-from soflow.config import Config
+from soflow.config import LATENT_SOURCES, Config
 from soflow.distributed import Processes
 from soflow.models.network import NetworkBuilder, Recompute
 from soflow.optim import Optimizer
@@ -146,7 +146,7 @@ def sample_like(config: Config, image_shape: tuple[int, int, int]) -> tuple[Tens
     An own one, of which nothing is known here, as if it had standard deviations.
     """
     mean = torch.zeros(config.train.batch_size, *image_shape)
-    std = torch.zeros_like(mean) if config.data.source in ("latents", "hdf5", "own") else None
+    std = torch.zeros_like(mean) if config.data.source in (*LATENT_SOURCES, "own") else None
     return mean, std, torch.zeros(len(mean), dtype=torch.int64)
 
 

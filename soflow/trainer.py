@@ -15,7 +15,7 @@ from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
-from soflow.images import grid, save_png, to_uint8
+from soflow.images import IMAGE_CHANNELS, grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
@@ -83,7 +83,9 @@ class Trainer:
         self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops, network)
         order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.positions)
         self.feeder = open_feeder(config.data, self.source, order, processes.device)
-        self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), device_peak(config, processes))
+        name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else ""
+        peak = peak_flops(name, config.engine.precision)
+        self.meter = Meter(processes.device, config.train.batch_size, self.step.flops(), peak)
 
         self.monitor = Monitor()
         self.finished = 0
@@ -329,13 +331,6 @@ def configure_torch(engine: EngineConfig) -> None:
         torch.set_num_threads(engine.threads)
 
 
-def device_peak(config: Config, processes: Processes) -> float | None:
-    """Return the peak of matrix products of this process's GPU in the run's precision; None where it is not known."""
-    if processes.device.type != "cuda":
-        return None
-    return peak_flops(torch.cuda.get_device_name(processes.device), config.engine.precision)
-
-
 def require_matching_data(config: Config, source: Source) -> None:
     """Raise RunError unless the network fits the images and labels of the data set, and the batch its size."""
     network = config.network
@@ -352,7 +347,7 @@ def require_matching_data(config: Config, source: Source) -> None:
             f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
             f"{config.data.source} has, or 0 for unconditional"
         )
-    if channels not in (1, 3) and config.train.sample_every and config.train.sample_vae is None:
+    if channels not in IMAGE_CHANNELS and config.train.sample_every and config.train.sample_vae is None:
         raise RunError(
             f"train.sample_every: got {config.train.sample_every}, expected 0, or a VAE in train.sample_vae, "
             f"because the data set {config.data.source} has {channels} channels, which are no image"
