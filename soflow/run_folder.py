@@ -176,8 +176,13 @@ def build_flow(
     if own is not None and network.name != "own":
         raise ValueError(f"network.name: got {network.name!r}, expected 'own', because a network was handed over")
     if network.name == "own":
+        if own is None:
+            raise ValueError(
+                "network.name: got 'own' and no network, expected Trainer(config, processes, network=...) or "
+                "load_flow(path, network=...) in Python (docs/extending.md): no command can build it"
+            )
         built = build_own_network(
-            _require_builder(own),
+            own,
             input_size=network.input_size,
             in_channels=network.in_channels,
             num_classes=network.num_classes,
@@ -190,15 +195,6 @@ def build_flow(
         except ValueError as error:
             raise ValueError(f"network.{error}") from error
     return SolutionFlow(built, flow.path, flow.parameterization, flow.sampler)
-
-
-def _require_builder(own: NetworkBuilder | None) -> NetworkBuilder:
-    if own is None:
-        raise ValueError(
-            "network.name: got 'own' and no network, expected Trainer(config, processes, network=...) or "
-            "load_flow(path, network=...) in Python (docs/extending.md): no command can build it"
-        )
-    return own
 
 
 def require_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:
