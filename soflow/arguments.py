@@ -33,15 +33,13 @@ def command_parser(command: str, description: str, epilog: str | None) -> argpar
 
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
-    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 1")
-    return int(text)
+    return natural(text, least=1)
 
 
-def natural(text: str) -> int:
-    """Parse an integer of at least 0."""
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least 0")
+def natural(text: str, least: int = 0) -> int:
+    """Parse an integer of at least `least`."""
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
     return int(text)
 
 
