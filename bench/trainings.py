@@ -22,14 +22,14 @@ import torch
 from bench.digits import balanced_labels, generate, read_metrics
 from bench.judge import DigitsJudge
 from bench.machine import machine
-from soflow.assembly import assemble
+from soflow.assembly import assemble, training_ops
 from soflow.checkpoint import replacing
 from soflow.config import Config, Sampler
 from soflow.config_file import load_config
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.memory import predict_peak
-from soflow.run_folder import load_flow, training_ops
+from soflow.run_folder import load_flow
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "digits.yaml"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench import plain
-from soflow.assembly import assemble, initial_flow
+from soflow.assembly import assemble, initial_flow, training_ops
 from soflow.config import Config, ObjectiveConfig
 from soflow.config_file import parse_config
 from soflow.distributed import Processes
@@ -17,7 +17,6 @@ from soflow.kernels import reference
 from soflow.memory import sample_like
 from soflow.models import Network
 from soflow.objective import Batch
-from soflow.run_folder import training_ops
 from soflow.step import gap_ratio_at
 
 Loss = Callable[[Network, Batch, ObjectiveConfig], Tensor]

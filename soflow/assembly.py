@@ -1,18 +1,19 @@
 """The parts of a training, from its configuration: what runs, predictions and benchmarks have alike."""
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
+from soflow import kernels
 from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.ema import Ema
-from soflow.flow import SolutionFlow
+from soflow.flow import SolutionFlow, build_flow
+from soflow.kernels import reference
 from soflow.models import Network, NetworkBuilder
 from soflow.optim import Optimizer, build_optimizer
 from soflow.precision import working_copy
-from soflow.run_folder import build_flow
 from soflow.sharding import shard_network
 from soflow.step import TrainingStep
 
@@ -53,6 +54,18 @@ def assemble(config: Config, processes: Processes, ops: ModuleType, network: Net
     optimizer = build_optimizer(config.optim, flow.network.parameters(), [ema], shadows)
     computing = SolutionFlow(working, flow.path, flow.parameterization, flow.sampler)
     return Training(flow, ema, optimizer, TrainingStep(config, processes, computing, optimizer, ops))
+
+
+def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device) -> ModuleType:
+    """Return the ops called so; auto is fused on a GPU, and on the CPU the reference, which fused would only wrap."""
+    if ops == "auto":
+        ops = "fused" if device.type == "cuda" else "reference"
+    return kernels if ops == "fused" else reference
+
+
+def training_ops(config: Config, device: torch.device) -> ModuleType:
+    """Return the ops a run trains with: as `choose_ops`, except that meanflow needs those that have a derivative."""
+    return reference if config.objective.name == "meanflow" else choose_ops(config.engine.ops, device)
 
 
 def compile_calls(network: Network) -> None:

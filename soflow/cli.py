@@ -146,10 +146,12 @@ def _summary(config: "Config", resume: Path | None) -> str:
     """What training would do, after building all of it; the weights without memory, so that any size fits."""
     import torch
 
+    from soflow.assembly import training_ops
     from soflow.data import open_source
     from soflow.distributed import resolve_device
+    from soflow.flow import build_flow
     from soflow.memory import predict_peak
-    from soflow.run_folder import build_flow, find_run, training_ops
+    from soflow.run_folder import find_run
     from soflow.step import build_objective
     from soflow.trainer import require_matching_data, require_rows_for_all, require_update
 

@@ -1,12 +1,14 @@
 """The solution function of the flow ODE, made of a network, a path and a parameterization."""
 
+import dataclasses
+from types import ModuleType
 from typing import get_args
 
 from torch import Tensor, nn
 
-from soflow.config import Sampler, require
+from soflow.config import FlowConfig, NetworkConfig, Sampler, require
 from soflow.kernels import reference
-from soflow.models.network import Network
+from soflow.models import Network, NetworkBuilder, build_network, build_own_network
 from soflow.paths import Parameterization, Path, solution_coefficients, velocity_factor
 
 
@@ -43,3 +45,35 @@ class SolutionFlow(nn.Module):
     def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return d f(x, t, s) / d s at s = t, (B, C, H, W): the velocity of the flow at (x, t)."""
         return velocity_factor(self.parameterization) * self.network(x, t, t, labels)
+
+
+def build_flow(
+    network: NetworkConfig, flow: FlowConfig, ops: ModuleType, own: NetworkBuilder | None = None
+) -> SolutionFlow:
+    """Build the network, which computes with `ops`, and the flow around it.
+
+    own: what builds the network that is called own; ValueError where it is missing or not asked for, and for a shape
+    that cannot be built, with the field of `network`.
+    """
+    if own is not None and network.name != "own":
+        raise ValueError(f"network.name: got {network.name!r}, expected 'own', because a network was handed over")
+    if network.name == "own":
+        if own is None:
+            raise ValueError(
+                "network.name: got 'own' and no network, expected Trainer(config, processes, network=...) or "
+                "load_flow(path, network=...) in Python (docs/extending.md): no command can build it"
+            )
+        built = build_own_network(
+            own,
+            input_size=network.input_size,
+            in_channels=network.in_channels,
+            num_classes=network.num_classes,
+            ops=ops,
+        )
+    else:
+        shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
+        try:
+            built = build_network(**shape, ops=ops)
+        except ValueError as error:
+            raise ValueError(f"network.{error}") from error
+    return SolutionFlow(built, flow.path, flow.parameterization, flow.sampler)

@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from soflow.assembly import assemble
+from soflow.assembly import assemble, training_ops
 from soflow.config import LATENT_SOURCES, Config
 from soflow.distributed import Processes
 from soflow.models.network import NetworkBuilder, Recompute
 from soflow.optim import Optimizer
-from soflow.run_folder import RunError, training_ops
+from soflow.run_folder import RunError
 
 GIB = 2**30
 ACCUMULATIONS = (2, 4, 8, 16)

@@ -9,20 +9,20 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from soflow import checkpoint, kernels
+from soflow import checkpoint
+from soflow.assembly import choose_ops
 from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
 from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.export import Trained, is_export, read_export
-from soflow.flow import SolutionFlow
+from soflow.flow import SolutionFlow, build_flow
 from soflow.kernels import reference
-from soflow.models import NetworkBuilder, build_network, build_own_network
+from soflow.models import NetworkBuilder
 
 # Settings that change what a run writes, or where it computes, but not what: they may differ when it is continued.
 # The data set is known by its fingerprint, wherever it lies and however it is read.
@@ -151,50 +151,6 @@ def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, 
     _require_same(config, _config_of(state, path), str(path))
     if state.meta["data"] != fingerprint:
         raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
-
-
-def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device) -> ModuleType:
-    """Return the ops called so; auto is fused on a GPU, and on the CPU the reference, which fused would only wrap."""
-    if ops == "auto":
-        ops = "fused" if device.type == "cuda" else "reference"
-    return kernels if ops == "fused" else reference
-
-
-def training_ops(config: Config, device: torch.device) -> ModuleType:
-    """Return the ops a run trains with: as `choose_ops`, except that meanflow needs those that have a derivative."""
-    return reference if config.objective.name == "meanflow" else choose_ops(config.engine.ops, device)
-
-
-def build_flow(
-    network: NetworkConfig, flow: FlowConfig, ops: ModuleType, own: NetworkBuilder | None = None
-) -> SolutionFlow:
-    """Build the network, which computes with `ops`, and the flow around it.
-
-    own: what builds the network that is called own; ValueError where it is missing or not asked for, and for a shape
-    that cannot be built, with the field of `network`.
-    """
-    if own is not None and network.name != "own":
-        raise ValueError(f"network.name: got {network.name!r}, expected 'own', because a network was handed over")
-    if network.name == "own":
-        if own is None:
-            raise ValueError(
-                "network.name: got 'own' and no network, expected Trainer(config, processes, network=...) or "
-                "load_flow(path, network=...) in Python (docs/extending.md): no command can build it"
-            )
-        built = build_own_network(
-            own,
-            input_size=network.input_size,
-            in_channels=network.in_channels,
-            num_classes=network.num_classes,
-            ops=ops,
-        )
-    else:
-        shape = {field.name: getattr(network, field.name) for field in dataclasses.fields(network)}
-        try:
-            built = build_network(**shape, ops=ops)
-        except ValueError as error:
-            raise ValueError(f"network.{error}") from error
-    return SolutionFlow(built, flow.path, flow.parameterization, flow.sampler)
 
 
 def require_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from soflow import checkpoint
-from soflow.assembly import assemble
+from soflow.assembly import assemble, training_ops
 from soflow.config import Config, EngineConfig, TrainConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
@@ -29,7 +29,6 @@ from soflow.run_folder import (
     find_run,
     require_own_checkpoint,
     require_weights,
-    training_ops,
 )
 from soflow.sampling import sample, sample_noise
 from soflow.sharding import is_sharded, like, whole

@@ -21,10 +21,11 @@ from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
 from soflow.data import DigitsSource
 from soflow.distributed import Processes
+from soflow.flow import build_flow
 from soflow.images import to_uint8
 from soflow.kernels import reference
 from soflow.models import Network, build_network
-from soflow.run_folder import build_flow, checkpoint_meta, load_flow
+from soflow.run_folder import checkpoint_meta, load_flow
 from soflow.sampling import sample, sample_noise
 
 ROOT = Path(__file__).parents[1]

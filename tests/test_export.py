@@ -18,8 +18,9 @@ from soflow.cli import main
 from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
 from soflow.distributed import Processes
 from soflow.export import Trained, read_export, write_export
+from soflow.flow import build_flow
 from soflow.kernels import reference
-from soflow.run_folder import build_flow, load_flow
+from soflow.run_folder import load_flow
 from soflow.trainer import Trainer
 
 OFFICIAL = Path(__file__).parent / "golden" / "official_checkpoint_tiny.pt"

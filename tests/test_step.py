@@ -8,10 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from soflow import assembly, capture
 from soflow import step as step_module
-from soflow.assembly import Training, assemble
+from soflow.assembly import Training, assemble, training_ops
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
-from soflow.run_folder import training_ops
 
 CPU = torch.device("cpu")
 OBJECTIVES = {

@@ -8,12 +8,11 @@ pytest.importorskip("ruamel.yaml")
 import tiny
 import torch
 
-from soflow.assembly import Training, assemble
+from soflow.assembly import Training, assemble, training_ops
 from soflow.capture import NUM_WARMUP, CapturedCall
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.kernels.multi_tensor import is_built
-from soflow.run_folder import training_ops
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="needs the CUDA extension")
 GPU = torch.device("cuda", 0)
