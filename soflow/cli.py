@@ -153,12 +153,11 @@ def _summary(config: "Config", resume: Path | None) -> str:
     from soflow.memory import predict_peak
     from soflow.run_folder import find_run
     from soflow.step import build_objective
-    from soflow.trainer import require_matching_data, require_rows_for_all, require_update
+    from soflow.trainer import require_matching_data, require_update
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)
-    require_matching_data(config, source)
-    require_rows_for_all(config.train, world_size=1)
+    require_matching_data(config, source, world_size=1)
     require_update(config, device)
     ops = training_ops(config, device)
     with torch.device("meta"):

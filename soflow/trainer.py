@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soflow import checkpoint
 from soflow.assembly import assemble, training_ops
-from soflow.config import Config, EngineConfig, TrainConfig
+from soflow.config import Config, EngineConfig
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
@@ -68,8 +68,7 @@ class Trainer:
         self.config = config
         self.processes = processes
         self.source = open_source(config.data, source)
-        require_matching_data(config, self.source)
-        require_rows_for_all(config.train, processes.world_size)
+        require_matching_data(config, self.source, processes.world_size)
         configure_torch(config.engine)
         self.vae: Vae | None = None
         self._on_first(self._load_vae)
@@ -330,9 +329,12 @@ def configure_torch(engine: EngineConfig) -> None:
         torch.set_num_threads(engine.threads)
 
 
-def require_matching_data(config: Config, source: Source) -> None:
-    """Raise RunError unless the network fits the images and labels of the data set, and the batch its size."""
-    network = config.network
+def require_matching_data(config: Config, source: Source, world_size: int) -> None:
+    """Raise RunError unless the network fits the images and labels of the data set, and the batch size all there is.
+
+    The batch is of no more rows than the data set has, and of one at least for each part of each process.
+    """
+    network, train = config.network, config.train
     channels, height, width = source.image_shape
     for field, got, expected in (
         ("network.in_channels", network.in_channels, channels),
@@ -346,19 +348,15 @@ def require_matching_data(config: Config, source: Source) -> None:
             f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
             f"{config.data.source} has, or 0 for unconditional"
         )
-    if channels not in IMAGE_CHANNELS and config.train.sample_every and config.train.sample_vae is None:
+    if channels not in IMAGE_CHANNELS and train.sample_every and train.sample_vae is None:
         raise RunError(
-            f"train.sample_every: got {config.train.sample_every}, expected 0, or a VAE in train.sample_vae, "
+            f"train.sample_every: got {train.sample_every}, expected 0, or a VAE in train.sample_vae, "
             f"because the data set {config.data.source} has {channels} channels, which are no image"
         )
-    if config.train.batch_size > len(source):
+    if train.batch_size > len(source):
         raise RunError(
-            f"train.batch_size: got {config.train.batch_size}, expected at most {len(source)}, the size of the data set"
+            f"train.batch_size: got {train.batch_size}, expected at most {len(source)}, the size of the data set"
         )
-
-
-def require_rows_for_all(train: TrainConfig, world_size: int) -> None:
-    """Raise RunError unless every process gets a row of the global batch for each of its parts."""
     least = world_size * train.accumulation
     if train.batch_size < least:
         parts = "the number of processes" if train.accumulation == 1 else "processes times train.accumulation"
