@@ -99,6 +99,7 @@ def examine() -> Report:
         run_check(name, lambda name=name: check_required(name), required=True)  # type: ignore[misc]
         for name in REQUIRED
     ]
+    torch_works = any(finding.name == "torch" and finding.status == "works" for finding in required)
     latents = [
         run_check(name, lambda name=name: check_latents(name))  # type: ignore[misc]
         for name in LATENTS
@@ -114,7 +115,7 @@ def examine() -> Report:
     return Report(
         python=platform.python_version(),
         platform=platform.platform(),
-        cuda=sys.modules["torch"].version.cuda if _works(required, "torch") else None,
+        cuda=sys.modules["torch"].version.cuda if torch_works else None,
         gpus=list_gpus() if gpu.status == "works" else [],
         findings=[*required, driver, gpu, *optional, *latents],
     )
@@ -289,7 +290,3 @@ def _require_floor(name: str, module: ModuleType) -> None:
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])]
-
-
-def _works(findings: list[Finding], name: str) -> bool:
-    return any(finding.name == name and finding.status == "works" for finding in findings)

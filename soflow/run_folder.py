@@ -202,10 +202,13 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         trained = read_export(path)
         _require_network(trained.network, trained.flow, trained.weights, path)
         return trained
-    if RunFolder(path).config.exists():
-        step_folder = _newest_step(path)
+    folder, step_folder = RunFolder(path), path
+    if folder.config.exists():
+        newest = checkpoint.newest(folder.checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{path}: got a run folder without a sound checkpoint, expected at least one")
+        step_folder = newest
     else:
-        step_folder = path
         checkpoint.verify(path)
     saved = checkpoint.read(step_folder)
     config = _config_of(saved, step_folder)
@@ -240,13 +243,6 @@ def _require_network(network: NetworkConfig, flow: FlowConfig, weights: Mapping[
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     require_weights(expected, weights, path)
-
-
-def _newest_step(path: Path) -> Path:
-    found = checkpoint.newest(RunFolder(path).checkpoints)
-    if found is None:
-        raise CheckpointError(f"{path}: got a run folder without a sound checkpoint, expected at least one")
-    return found
 
 
 def _config_of(state: Checkpoint, path: Path) -> Config:

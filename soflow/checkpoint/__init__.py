@@ -2,9 +2,7 @@
 
 from soflow.checkpoint.files import CheckpointError, naming, replacing
 from soflow.checkpoint.official import (
-    DiTShape,
     OfficialCheckpoint,
-    UNetShape,
     infer_dit_shape,
     infer_unet_shape,
     is_unet,
@@ -27,10 +25,8 @@ from soflow.checkpoint.writer import Snapshots, Writer
 __all__ = [
     "Checkpoint",
     "CheckpointError",
-    "DiTShape",
     "OfficialCheckpoint",
     "Snapshots",
-    "UNetShape",
     "Writer",
     "delete_leftovers",
     "drop_later",
