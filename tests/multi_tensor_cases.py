@@ -21,6 +21,16 @@ AVERAGES = (
     EmaConfig(decay=0.99, every=3, dtype="float64"),
     EmaConfig(sigma_rel=0.1),
 )
+SETTINGS = [
+    {"name": "adamw"},
+    {"name": "radam"},
+    {"name": "adamw", "clip_norm": 1.0},
+    {"name": "radam", "clip_norm": 1e-2, "skip_nonfinite": True},
+    {"name": "adamw", "averages": ()},
+    {"name": "adamw", "averages": (EmaConfig(decay=0.9999, every=16, dtype="float64"),)},
+    {"name": "adamw", "shadows": "copies"},
+    {"name": "adamw", "shadows": "gradients", "clip_norm": 1.0},
+]
 # each takes another way to the same address: apart, lest one hides another
 KINDS = ("weights", "gradients", "exp_avg", "exp_avg_sq", "averages", "shadows")
 

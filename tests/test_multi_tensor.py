@@ -34,19 +34,7 @@ def host(library, monkeypatch):
     return host
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"name": "adamw"},
-        {"name": "radam"},
-        {"name": "adamw", "clip_norm": 1.0},
-        {"name": "radam", "clip_norm": 1e-2, "skip_nonfinite": True},
-        {"name": "adamw", "averages": ()},
-        {"name": "adamw", "shadows": "copies"},
-        {"name": "adamw", "shadows": "gradients", "clip_norm": 1.0},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("settings", cases.SETTINGS, ids=str)
 def test_equals_the_reference(host, settings):
     cases.check_equals_reference("cpu", 8, **settings)
 

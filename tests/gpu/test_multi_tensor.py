@@ -4,25 +4,13 @@ import multi_tensor_cases as cases
 import pytest
 import torch
 
-from soflow.config import EmaConfig
 from soflow.kernels import multi_tensor
 from soflow.optim import Optimizer
 
 pytestmark = pytest.mark.skipif(not multi_tensor.is_built(), reason="the CUDA extension is not built")
 
-SETTINGS = [
-    {"name": "adamw"},
-    {"name": "radam"},
-    {"name": "adamw", "clip_norm": 1.0},
-    {"name": "radam", "clip_norm": 1e-2, "skip_nonfinite": True},
-    {"name": "adamw", "averages": ()},
-    {"name": "adamw", "averages": (EmaConfig(decay=0.9999, every=16, dtype="float64"),)},
-    {"name": "adamw", "shadows": "copies"},
-    {"name": "adamw", "shadows": "gradients", "clip_norm": 1.0},
-]
 
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", cases.SETTINGS, ids=str)
 def test_equals_the_reference(settings):
     cases.check_equals_reference("cuda", 100, **settings)
 
