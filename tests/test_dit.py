@@ -2,11 +2,11 @@ import math
 
 import golden_vectors
 import pytest
+import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow import checkpoint
-from soflow.kernels import reference
 from soflow.models import DIT_PRESETS, DiT, build_network
 
 SHAPE = {"input_size": 8, "in_channels": 3, "num_classes": 5, "patch_size": 2, "hidden_size": 24, "depth": 2}
@@ -109,15 +109,7 @@ def test_position_features_are_the_official_ones():
 def test_ops_are_an_argument():
     """A network calls the namespace it was given, and nothing else."""
 
-    class Recording:
-        def __init__(self):
-            self.calls = []
-
-        def __getattr__(self, name):
-            self.calls.append(name)
-            return getattr(reference, name)
-
-    ops = Recording()
+    ops = tiny.Recording()
     network = DiT(8, 4, 3, 16, 1, 2, 5, ops=ops)
     x, dx, t, s, labels = (v.float() if v.is_floating_point() else v for v in inputs(2))
     network.forward_difference(x, dx, t, s - t, s, labels)

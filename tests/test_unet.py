@@ -4,6 +4,7 @@ import math
 
 import golden_vectors
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -325,15 +326,7 @@ def test_initialisation_is_that_of_the_facts():
 def test_ops_are_an_argument():
     """A network calls the namespace it was given, and nothing else."""
 
-    class Recording:
-        def __init__(self):
-            self.calls = []
-
-        def __getattr__(self, name):
-            self.calls.append(name)
-            return getattr(reference, name)
-
-    ops = Recording()
+    ops = tiny.Recording()
     x, dx, t, s, augment_labels = inputs(2, dtype=torch.float32)
     UNet(**SHAPE, ops=ops).forward_difference(x, dx, t, s - t, s, None, augment_labels)
     used = {"attention", "conv", "group_norm", "linear", "silu", "time_features"}

@@ -1,11 +1,13 @@
-"""A configuration that trains in a second, one block on the digits; and networks as small."""
+"""A configuration that trains in a second, one block on the digits; networks as small; and ops that are recorded."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from soflow.config import Config
 from soflow.config_file import parse_config
+from soflow.kernels import reference
 from soflow.models import DiT, Network, UNet
 
 TEXT = """
@@ -49,3 +51,14 @@ def network(name: str) -> Network:
             if key != "pos_embed":
                 parameter.add_(0.5 * torch.randn_like(parameter) * parameter[0].numel() ** -0.5)
     return made.eval()
+
+
+class Recording:
+    """The reference ops, and the names of those that were called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls.append(name)
+        return getattr(reference, name)
