@@ -45,11 +45,12 @@ class Feeder(Iterator[Rows], abc.ABC):
     nonfinite: whether a batch since the last `require_finite` held NaN or infinity; on the device.
     """
 
-    def __init__(self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int) -> None:
+    def __init__(self, config: DataConfig, source: Source, order: BatchOrder, device: torch.device, start: int) -> None:
         self.source = source
         self.order = order
         self.device = device
-        self.augment_p = augment_p
+        self.augment_p = config.augment_p
+        self.depth = config.prefetch
         self.step = start
         self._positions = torch.tensor(order.positions, device=device)
         self.nonfinite = torch.zeros((), dtype=torch.bool, device=device)
@@ -113,8 +114,8 @@ class Feeder(Iterator[Rows], abc.ABC):
 class ResidentFeeder(Feeder):
     """Rows of a data set that lies on the device as a whole."""
 
-    def __init__(self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int) -> None:
-        super().__init__(source, order, device, augment_p, start)
+    def __init__(self, config: DataConfig, source: Source, order: BatchOrder, device: torch.device, start: int) -> None:
+        super().__init__(config, source, order, device, start)
         stored = torch.empty((len(source), *source.stored_shape), dtype=source.stored_dtype)
         source.gather(np.arange(len(source)), stored.numpy())
         self._stored, self._labels = stored.to(device), source.labels.to(device)
@@ -131,19 +132,17 @@ class ResidentFeeder(Feeder):
 class PlainFeeder(Feeder):
     """Rows that one thread reads ahead, copied from pinned buffers."""
 
-    def __init__(
-        self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int, depth: int
-    ) -> None:
-        super().__init__(source, order, device, augment_p, start)
-        self._depth = depth
-        self._ring: HostRing | None = None
+    _ring: HostRing | None = None
+
+    def __init__(self, config: DataConfig, source: Source, order: BatchOrder, device: torch.device, start: int) -> None:
+        super().__init__(config, source, order, device, start)
         self._copying: collections.deque[tuple[Slot, torch.cuda.Event]] = collections.deque()
 
     def _read(self) -> Rows:
         on_gpu = self.device.type == "cuda"
         if self._ring is None:
             # One buffer more than is read ahead: the one whose copy is under way.
-            self._ring = HostRing(self.source, self.order, self.step, self._depth + 1, pinned=on_gpu)
+            self._ring = HostRing(self.source, self.order, self.step, self.depth + 1, pinned=on_gpu)
         self._reuse_copied()
         slot = self._ring.take()
         step, indices = slot.step, slot.indices
@@ -162,7 +161,7 @@ class PlainFeeder(Feeder):
         assert self._ring is not None
         while self._copying:
             slot, copied = self._copying[0]
-            if len(self._copying) >= self._depth:
+            if len(self._copying) >= self.depth:
                 copied.synchronize()  # the host is that many steps ahead of the device
             elif not copied.query():
                 return
@@ -180,12 +179,7 @@ class PlainFeeder(Feeder):
 class DaliFeeder(Feeder):
     """Rows that one thread reads ahead and DALI copies to the device ahead of their use."""
 
-    def __init__(
-        self, source: Source, order: BatchOrder, device: torch.device, augment_p: float, start: int, depth: int
-    ) -> None:
-        super().__init__(source, order, device, augment_p, start)
-        self._depth = depth
-        self._ring: HostRing | None = None
+    _ring: HostRing | None = None
 
     def _read(self) -> Rows:
         if self._ring is None:
@@ -200,7 +194,7 @@ class DaliFeeder(Feeder):
         from nvidia.dali import Pipeline, fn, types
 
         dtypes = {torch.uint8: types.UINT8, torch.float16: types.FLOAT16, torch.float32: types.FLOAT}
-        ring = HostRing(self.source, self.order, self.step, self._depth + 1, pinned=False)
+        ring = HostRing(self.source, self.order, self.step, self.depth + 1, pinned=False)
         fed: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         lent: list[Slot] = []
 
@@ -219,7 +213,7 @@ class DaliFeeder(Feeder):
             num_threads=1,
             device_id=self.device.index or 0 if on_gpu else None,
             # without a GPU there is nowhere to copy ahead to, and the thread reads ahead already
-            prefetch_queue_depth=self._depth if on_gpu else 1,
+            prefetch_queue_depth=self.depth if on_gpu else 1,
         )
         with pipeline:
             ndim = len(self.source.stored_shape)
@@ -250,15 +244,12 @@ def open_feeder(config: DataConfig, source: Source, order: BatchOrder, device: t
     kind = config.feeder
     if kind == "auto":
         kind = "resident" if source.in_memory else "plain"
-    if kind == "resident":
-        return ResidentFeeder(source, order, device, config.augment_p, start)
-    if kind == "plain":
-        return PlainFeeder(source, order, device, config.augment_p, start, config.prefetch)
-    if not has_dali():
+    if kind == "dali" and not has_dali():
         raise DataError(
             "data.feeder: got 'dali', expected 'auto', 'plain' or 'resident', because DALI is not installed"
         )
-    return DaliFeeder(source, order, device, config.augment_p, start, config.prefetch)
+    kinds: dict[str, type[Feeder]] = {"resident": ResidentFeeder, "plain": PlainFeeder, "dali": DaliFeeder}
+    return kinds[kind](config, source, order, device, start)
 
 
 def has_dali() -> bool:
