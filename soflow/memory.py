@@ -11,7 +11,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -115,26 +114,12 @@ def predict_peak(
         optim=dataclasses.replace(config.optim, backend="reference"),
         engine=dataclasses.replace(config.engine, cuda_graph="off", compile=False),
     )
-    return count_steps(config, image_shape, ops, fused_update, network)
-
-
-def count_steps(
-    config: Config,
-    image_shape: tuple[int, int, int],
-    ops: ModuleType,
-    fused_update: bool = False,
-    network: NetworkBuilder | None = None,
-) -> int:
-    """Return the peak of tensor bytes of a step, on fake tensors, of a training under way.
-
-    fused_update: the update makes nothing but changes, as the CUDA extension's.
-    """
     with fake_tensors(), CountMemory() as memory:
         parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops, network)
         parts.step.optimizer = under_way = _MomentsOnly(parts.optimizer)  # type: ignore[assignment]
         parts.step(*sample_like(config, image_shape), 0)
+        # the CUDA extension's update makes nothing but changes; the first of others makes moments of its own
         if not fused_update:
-            # the first update makes moments of its own
             under_way.moments.clear()
             parts.optimizer.step()
     return memory.peak
