@@ -41,7 +41,7 @@ BEFORE_CONFIG = ("lock", "config.yaml.tmp")
 
 
 class RunError(ValueError):
-    """A run folder that cannot be used as asked; the message names the folder and what differs."""
+    """A run that cannot be made or continued as asked; the message names folder or field and what was expected."""
 
 
 class RunFolder:
