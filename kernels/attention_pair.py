@@ -7,7 +7,7 @@ A program owns a block of queries of one head and walks the keys twice: for the 
 z = sum(P expm1(dS)), then for dP and do = dP v + (P + dP) dv. Where one block holds all keys their scores are kept. The
 formulas, for small and for large differences, are those of `reference.attention_difference`, which takes heads wider
 than 128; to base 2, as a power of 2 is one instruction of a GPU and one of e five, and without the sums q + dq and
-v + dv, which would have to be rounded for a product.
+v + dv, which half precision would have to round for a product.
 """
 
 import torch
@@ -34,8 +34,11 @@ def _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM: tl.constexpr,
     S = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     S = tl.where(keys[None, :] < T, S, float("-inf"))
     dS = tl.dot(dq, tl.trans(k), input_precision="ieee")
-    dS = tl.dot(q, tl.trans(dk), dS, input_precision="ieee")
-    dS = tl.dot(dq, tl.trans(dk), dS, input_precision="ieee")
+    if q.dtype == tl.float32:
+        dS = tl.dot(q + dq, tl.trans(dk), dS, input_precision="ieee")
+    else:
+        dS = tl.dot(q, tl.trans(dk), dS, input_precision="ieee")
+        dS = tl.dot(dq, tl.trans(dk), dS, input_precision="ieee")
     return S, dS * scale
 
 
@@ -52,14 +55,18 @@ def _sums(P, moved, dS):
 
 
 @triton.jit
-def _moved_values(P, moved, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def _moved_values(do, P, moved, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """What one block of keys adds to do = dP v + (P + dP) dv, times the scale of the softmaxes P and P + dP."""
     g = dS - lz[:, None]
     dP = tl.where(tl.abs(g) < 1.0, P * exp2m1_series(g), moved - P)
     v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
     dv = load_block(dqkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-    do = tl.dot(dP.to(v.dtype), v, input_precision="ieee")
-    return tl.dot(moved.to(v.dtype), dv, do, input_precision="ieee")
+    if v.dtype == tl.float32:
+        # a sum of each block: one over all keys would be rounded more often than eager's
+        added = tl.dot(dP, v, input_precision="ieee")
+        return do + tl.dot(moved, dv, added, input_precision="ieee")
+    do = tl.dot(dP.to(v.dtype), v, do)
+    return tl.dot(moved.to(v.dtype), dv, do)
 
 
 @triton.jit
@@ -72,10 +79,11 @@ def _attention_difference_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    queries = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     dq = load_block(dqkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
     if ONE_BLOCK:
@@ -84,13 +92,13 @@ def _attention_difference_kernel(
         P, moved = _softmaxes(S, dS, row_max, moved_max)
         normaliser, moved_normaliser, z = _sums(P, moved, dS)
     else:
-        row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        moved_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-        normaliser = tl.zeros((BLOCK_T,), tl.float32)
-        moved_normaliser = tl.zeros((BLOCK_T,), tl.float32)
-        z = tl.zeros((BLOCK_T,), tl.float32)
-        for first in range(0, T, BLOCK_T):
-            keys = first + tl.arange(0, BLOCK_T)
+        row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        moved_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+        normaliser = tl.zeros((BLOCK_Q,), tl.float32)
+        moved_normaliser = tl.zeros((BLOCK_Q,), tl.float32)
+        z = tl.zeros((BLOCK_Q,), tl.float32)
+        for first in range(0, T, BLOCK_K):
+            keys = first + tl.arange(0, BLOCK_K)
             S, dS = _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
             new_max = tl.maximum(row_max, tl.max(S, axis=1))
             new_moved_max = tl.maximum(moved_max, tl.max(S + dS, axis=1))
@@ -107,18 +115,18 @@ def _attention_difference_kernel(
     # where the normaliser moves far no g is small: all differences are those of the softmaxes
     lz = tl.where(tl.abs(z) < 0.5, log1p(z) * LOG2_E, float("inf"))
 
+    do = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     if ONE_BLOCK:
         do = _moved_values(
-            P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, queries, T, H, HEAD_DIM, BLOCK_D
+            do, P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, queries, T, H, HEAD_DIM, BLOCK_D
         )
     else:
-        do = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for first in range(0, T, BLOCK_T):
-            keys = first + tl.arange(0, BLOCK_T)
+        for first in range(0, T, BLOCK_K):
+            keys = first + tl.arange(0, BLOCK_K)
             S, dS = _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM, BLOCK_D)
             P, moved = _softmaxes(S, dS, row_max, moved_max)
-            do += _moved_values(
-                P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D
+            do = _moved_values(
+                do, P * factor, moved * moved_factor, dS, lz, qkv_ptr, dqkv_ptr, keys, T, H, HEAD_DIM, BLOCK_D
             )
     store_block(do_ptr, 0, 1, do * (1.0 / PROBABILITY_SCALE), queries, T, H, HEAD_DIM, BLOCK_D)
 
@@ -131,7 +139,7 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
     if do.numel():
         check_grid("attention_difference", "samples", B)
         launch = attention_difference_launch(T, head_dim, qkv.dtype)
-        _attention_difference_kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
+        _attention_difference_kernel[(triton.cdiv(T, launch.block_q), num_heads, B)](
             qkv,
             dqkv,
             do,
@@ -140,8 +148,9 @@ def _launch_attention_difference(qkv: Tensor, dqkv: Tensor, num_heads: int) -> T
             head_dim**-0.5,
             HEAD_DIM=head_dim,
             BLOCK_D=launch.block_d,
-            BLOCK_T=launch.block_t,
-            ONE_BLOCK=launch.block_t >= T,
+            BLOCK_Q=launch.block_q,
+            BLOCK_K=launch.block_k,
+            ONE_BLOCK=launch.block_k >= T,
             num_warps=launch.num_warps,
             num_stages=ATTENTION_STAGES,
         )

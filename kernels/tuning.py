@@ -62,14 +62,27 @@ def attention_bwd_launch(T: int, head_dim: int, dtype: torch.dtype) -> Attention
     return launch._replace(num_warps=8) if launch.block_d > 64 and launch.block_t < T else launch
 
 
-def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
-    """Return the launch of the difference of attention."""
-    launch = attention_launch(T, head_dim, dtype)
-    if launch.block_d > 64:
-        return launch._replace(block_t=min(launch.block_t, 32), num_warps=4)
+class AttentionDifferenceLaunch(NamedTuple):
+    """Queries of a program; keys per turn; the padded width of a head; warps."""
+
+    block_q: int
+    block_k: int
+    block_d: int
+    num_warps: int
+
+
+def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionDifferenceLaunch:
+    """Return the launch of the difference of attention: up to FEW_TOKENS tokens of narrow heads are one block.
+
+    For more, few keys per turn: scores, their differences, both softmaxes and what they give are in registers at once.
+    Wide heads need the registers of eight warps, and rows for each. float32 as in `attention_launch`.
+    """
+    block_t, block_d, num_warps = attention_launch(T, head_dim, dtype)
     if dtype == torch.float32:
-        return launch
-    return launch if T <= FEW_TOKENS else launch._replace(block_t=32, num_warps=2)
+        return AttentionDifferenceLaunch(min(_padded(T), 32), block_t, block_d, num_warps if block_d <= 64 else 4)
+    if block_d > 64:
+        return AttentionDifferenceLaunch(min(_padded(T), 128), min(_padded(T), 32), block_d, 8)
+    return AttentionDifferenceLaunch(block_t, block_t if T <= FEW_TOKENS else 32, block_d, num_warps)
 
 
 def attention_is_fused(T: int, head_dim: int) -> bool:
