@@ -84,6 +84,8 @@ class RunLog(NullLog):
         with _naming(self._folder):
             self._metrics.write(json.dumps({"step": step, **record}, allow_nan=False) + "\n")
             self._metrics.flush()
+            # a checkpoint is on the disk when it is there: the lines before it must not be lost with the machine either
+            os.fsync(self._metrics.fileno())
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()

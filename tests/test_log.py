@@ -72,6 +72,21 @@ def test_one_line_per_interval_step_first(tmp_path: Path):
     assert metrics(tmp_path / "runs" / "a") == [{"step": 5, **VALUES}, {"step": 10, "loss/total": 0.1 + 0.2}]
 
 
+def test_a_line_is_on_the_disk_when_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A machine that goes down, with a checkpoint of that step on its disk, leaves no gap in the log."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append((tmp_path / "metrics.jsonl").read_text())
+
+    with contextlib.closing(RunLog(tmp_path, 10, 0)) as log:
+        monkeypatch.setattr(os, "fsync", record)
+        log.interval(2, VALUES)
+        assert [json.loads(text)["step"] for text in synced] == [2]
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path, capsys: pytest.CaptureFixture):
     log = RunLog(tmp_path, 10, 0)
     log.interval(5, {"loss/total": math.nan, "grad_norm": math.inf, "gap_ratio": -math.inf})
