@@ -74,6 +74,7 @@ def test_a_command_keeps_its_exit_code_and_output():
     assert gpu_gate.last_line("a\n b \n\n") == "b"
 
 
+@pytest.mark.slow
 def test_training_stage_compares_fused_with_reference(monkeypatch, tmp_path):
     """The very stage, but for its device and length: on the CPU all ops are the reference."""
     overrides = ("engine.device=cpu", "train.total_steps=2", "train.log_every=1", "train.sample_every=0")

@@ -20,6 +20,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(trainings, "TIMED_STEPS", 1)
 
 
+@pytest.mark.slow
 def test_trains_judges_prints_and_does_nothing_twice(tmp_path, capsys, monkeypatch, quick):
     arguments = [
         "--steps",

@@ -233,18 +233,23 @@ def test_a_hanging_disk_is_an_error():
     ring.close()
 
 
+def loaders() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "loader"}
+
+
 def test_closing_ends_the_thread():
+    others = loaders()  # of feeders that another test left open
     source = array_source()
     feeder = open_feeder(settings("plain"), source, order(source), CPU)
     next(feeder)
-    assert any(thread.name == "loader" for thread in threading.enumerate())
+    assert loaders() - others
     feeder.close()
-    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert not loaders() - others
 
 
 def test_closing_reads_no_further_batch():
     """A slow disk would be read for a feeder that is gone, beside its successor's thread."""
-    begun, release, reads = threading.Event(), threading.Event(), []
+    begun, release, reads, others = threading.Event(), threading.Event(), [], loaders()
 
     class Slow(ArraySource):
         def gather(self, indices, out):
@@ -257,7 +262,7 @@ def test_closing_reads_no_further_batch():
     assert begun.wait(30)
     threading.Timer(0.3, release.set).start()
     ring.close()
-    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert not loaders() - others
     assert len(reads) == 1
 
 

@@ -510,6 +510,7 @@ def test_more_samples_than_a_grid_holds_are_refused(name, message):
 # Compiled for GPUs that are not here
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_without_spills():
     """For sm_80, sm_90 and sm_100, at every production shape. In a process of its own: this one interprets."""
     command = [sys.executable, "-m", "bench.resources", "--json"]

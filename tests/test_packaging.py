@@ -84,6 +84,7 @@ def test_sdist_gives_the_same_wheel_to_the_bit(tree: Path, wheel: Path, tmp_path
     assert build_wheel(tmp_path / name, folder).read_bytes() == wheel.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc")
 def test_wheel_with_the_extension(tree: Path, tmp_path: Path):
     """From the sdist, which must hold csrc: the module lies beside the package and imports without a GPU."""
