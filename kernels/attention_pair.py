@@ -35,6 +35,7 @@ def _scores(q, dq, qkv_ptr, dqkv_ptr, keys, T, H, scale, HEAD_DIM: tl.constexpr,
     S = tl.where(keys[None, :] < T, S, float("-inf"))
     dS = tl.dot(dq, tl.trans(k), input_precision="ieee")
     if q.dtype == tl.float32:
+        # rounds the sum no more than it does all others, and saves a product without tensor cores
         dS = tl.dot(q + dq, tl.trans(dk), dS, input_precision="ieee")
     else:
         dS = tl.dot(q, tl.trans(dk), dS, input_precision="ieee")

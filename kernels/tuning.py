@@ -75,7 +75,7 @@ def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> At
     """Return the launch of the difference of attention: up to FEW_TOKENS tokens of narrow heads are one block.
 
     For more, few keys per turn: scores, their differences, both softmaxes and what they give are in registers at once.
-    Wide heads need the registers of eight warps, and rows for each. float32 as in `attention_launch`.
+    Wide heads need the registers of eight warps, and rows for each; float32 smaller blocks, as in `attention_launch`.
     """
     block_t, block_d, num_warps = attention_launch(T, head_dim, dtype)
     if dtype == torch.float32:

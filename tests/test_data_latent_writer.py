@@ -76,13 +76,20 @@ def slow_save(mark: Path) -> Callable[[Path, np.ndarray], None]:
     return save
 
 
+def slowly(monkeypatch: pytest.MonkeyPatch, mark: Path, work: Callable[[], object]) -> Callable[[], None]:
+    """`work` with `slow_save`, for a process of its own."""
+
+    def run() -> None:
+        monkeypatch.setattr(latent_writer, "save_array", slow_save(mark))
+        work()
+
+    return run
+
+
 def test_a_shard_that_two_write_at_once_is_of_one_of_them(tmp_path, monkeypatch):
     root = tmp_path / "latents"
     writer = LatentWriter(root, plan(1))
-
-    def first() -> None:
-        monkeypatch.setattr(latent_writer, "save_array", slow_save(tmp_path / "mark"))
-        write(writer, 0, 1.0)
+    first = slowly(monkeypatch, tmp_path / "mark", lambda: write(writer, 0, 1.0))
 
     with child(first) as process:
         wait_for(tmp_path / "mark")
@@ -96,10 +103,7 @@ def test_a_shard_that_two_write_at_once_is_of_one_of_them(tmp_path, monkeypatch)
 def test_a_shard_of_a_killed_writer_is_taken_over(tmp_path, monkeypatch):
     root = tmp_path / "latents"
     writer = LatentWriter(root, plan(1))
-
-    def first() -> None:
-        monkeypatch.setattr(latent_writer, "save_array", slow_save(tmp_path / "mark"))
-        write(writer, 0, 1.0)
+    first = slowly(monkeypatch, tmp_path / "mark", lambda: write(writer, 0, 1.0))
 
     with child(first):
         wait_for(tmp_path / "mark")
@@ -112,10 +116,7 @@ def test_two_that_finish_at_once_do_it_once(tmp_path, monkeypatch):
     root = tmp_path / "latents"
     writer = LatentWriter(root, plan(1))
     write(writer, 0)
-
-    def first() -> None:
-        monkeypatch.setattr(latent_writer, "save_array", slow_save(tmp_path / "mark"))
-        writer.finish(max_bad=0)
+    first = slowly(monkeypatch, tmp_path / "mark", lambda: writer.finish(max_bad=0))
 
     with child(first) as process:
         wait_for(tmp_path / "mark")
