@@ -8,7 +8,7 @@ import torch
 from soflow import kernels
 from soflow.config import Config
 from soflow.distributed import Processes
-from soflow.ema import Ema
+from soflow.ema import Ema, configured_averages
 from soflow.flow import SolutionFlow, build_flow
 from soflow.kernels import reference
 from soflow.models import Network, NetworkBuilder
@@ -21,10 +21,12 @@ COMPILER = "inductor"
 
 
 class Training(NamedTuple):
-    """flow: of the float32 weights.  ema: their average.  optimizer: moves them.  step: trains them by one batch."""
+    """flow: of the float32 weights.  averages: of them, that of sampling first.  optimizer: moves all of these.
+    step: trains them by one batch.
+    """
 
     flow: SolutionFlow
-    ema: Ema[Network]
+    averages: list[Ema[Network]]
     optimizer: Optimizer
     step: TrainingStep
 
@@ -35,25 +37,28 @@ def assemble(config: Config, processes: Processes, ops: ModuleType, network: Net
     network: builds the one that the configuration calls own.
     """
     flow = initial_flow(config, ops, network)
-    ema = Ema(config.ema, flow.network)
+    averages = configured_averages(config.ema, flow.network)
     precision = config.engine.precision
     sharded = config.engine.parallel == "fsdp" and processes.world_size > 1
     if sharded:
         # before they go to the device, which may be too small for all of them
         shard_network(flow.network, processes, precision)
-        shard_network(ema.network, processes, "fp32")
+        for average in averages:
+            shard_network(average.network, processes, "fp32")
     # built where the seed draws the same everywhere; a module of fake tensors cannot be sent even to where it is
     if processes.device.type != "cpu":
         flow.to(processes.device)
-        ema.network.to(processes.device)
-    ema.track(flow.network)
+        for average in averages:
+            average.network.to(processes.device)
+    for average in averages:
+        average.track(flow.network)
     working, shadows = (flow.network, {}) if sharded else working_copy(flow.network, precision)
     working.recompute = config.engine.recompute
     if config.engine.compile:
         compile_calls(working)
-    optimizer = build_optimizer(config.optim, flow.network.parameters(), [ema], shadows)
+    optimizer = build_optimizer(config.optim, flow.network.parameters(), averages, shadows)
     computing = SolutionFlow(working, flow.path, flow.parameterization, flow.sampler)
-    return Training(flow, ema, optimizer, TrainingStep(config, processes, computing, optimizer, ops))
+    return Training(flow, averages, optimizer, TrainingStep(config, processes, computing, optimizer, ops))
 
 
 def choose_ops(ops: Literal["auto", "fused", "reference"], device: torch.device) -> ModuleType:

@@ -1,11 +1,13 @@
 """`soflow audit` and `soflow export`: what a training left behind."""
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
 
 from soflow.arguments import Command, command_parser, numbers, positive
+from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, is_width
 
 DONE = 0
 
@@ -74,27 +76,52 @@ def _export_parser() -> argparse.ArgumentParser:
         "export",
         "Write trained weights to a new folder: model.safetensors, config.json with the shape of the network, and a "
         "model card. `soflow sample` reads it.",
-        None,
+        "examples:\n"
+        "  soflow export runs/digits out                      the averaged weights of the newest checkpoint\n"
+        "  soflow export runs/digits out --sigma-rel 0.07     another average, of a run with ema.profiles=[0.05,0.1]",
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--weights",
         choices=("ema", "model"),
         default="ema",
         help="averaged weights, or those of the last step (default ema)",
+    )
+    which.add_argument(
+        "--sigma-rel",
+        type=_width,
+        metavar="WIDTH",
+        help="averaged by a power-function profile of this relative width: rebuilt from those of ema.profiles in all "
+        "checkpoints of the run",
     )
     return parser
 
 
 def _export(args: argparse.Namespace) -> int:
     from soflow.export import write_export
-    from soflow.run_folder import read_trained
+    from soflow.run_folder import read_trained, rebuild_average
 
-    trained = read_trained(args.path, args.weights)
+    remark = ""
+    if args.sigma_rel is None:
+        trained = read_trained(args.path, args.weights)
+    else:
+        trained, off = rebuild_average(args.path, args.sigma_rel)
+        remark = f", averaged as by sigma_rel {args.sigma_rel} (profile off by {off:.1e} of its norm)"
     write_export(args.folder, trained)
-    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}")
+    print(f"{args.folder}: {trained.network.name}, {trained.kind} weights of step {trained.step}{remark}")
     return DONE
+
+
+def _width(text: str) -> float:
+    try:
+        width = float(text)
+    except ValueError:
+        width = math.nan
+    if not is_width(width):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}")
+    return width
 
 
 COMMANDS = {

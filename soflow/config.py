@@ -18,6 +18,8 @@ MAX_FLOAT = 1e9
 # the relative width of a power-function profile of exponent 0, a plain mean, and one of exponent 10^4, the last weights
 MAX_SIGMA_REL = 12**-0.5
 MIN_SIGMA_REL = 1e-4
+# averages that an update moves, but for the one of decay or sigma_rel
+MAX_PROFILES = 7
 # of a network: what is larger overflows the sizes of tensors, or never comes to an end
 MAX_SIZE = 2**16
 MAX_FACTOR = 2**10
@@ -72,6 +74,11 @@ def require_calls(name: str, nfe: int, sampler: Sampler) -> None:
     require(name, nfe, nfe >= 1, "at least 1")
     valid = sampler != "heun" or nfe % 2 == 0
     require(name, nfe, valid, "an even number, because the sampler heun makes two calls per step")
+
+
+def is_width(sigma_rel: float) -> bool:
+    """Return whether a power-function profile can have the relative width `sigma_rel`."""
+    return MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL
 
 
 def require_bounded(name: str, value: Any) -> None:
@@ -283,7 +290,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """The exponential moving average of the weights, which sampling uses."""
+    """The moving average of the weights, which sampling uses, and others, from which it is chosen after training."""
 
     decay: Annotated[float, "decay per training step"] = 0.9999
     every: Annotated[int, "update every so many steps, with decay ** every"] = 1
@@ -293,14 +300,21 @@ class EmaConfig:
     sigma_rel: Annotated[float | None, "width of a power-function profile, over the training time; replaces decay"] = (
         None
     )
+    profiles: Annotated[
+        tuple[float, ...],
+        "widths sigma_rel of averages that every checkpoint holds besides; "
+        "of them `soflow export --sigma-rel` makes that of any width between",
+    ] = ()
 
     def __post_init__(self) -> None:
         require("ema.decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
         require("ema.every", self.every, self.every >= 1, "an integer of at least 1")
+        widths = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}"
         if self.sigma_rel is not None:
-            valid = MIN_SIGMA_REL <= self.sigma_rel <= MAX_SIGMA_REL
-            expected = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}, or null"
-            require("ema.sigma_rel", self.sigma_rel, valid, expected)
+            require("ema.sigma_rel", self.sigma_rel, is_width(self.sigma_rel), f"{widths}, or null")
+        distinct = len(set(self.profiles)) == len(self.profiles) <= MAX_PROFILES
+        expected = f"at most {MAX_PROFILES} numbers {widths}, each once"
+        require("ema.profiles", self.profiles, distinct and all(map(is_width, self.profiles)), expected)
 
 
 @dataclass(frozen=True, kw_only=True)

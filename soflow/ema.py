@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, EmaConfig
+from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, EmaConfig, is_width
 from soflow.sharding import local
 
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
@@ -58,6 +58,11 @@ class Ema(Generic[AnyNetwork]):
             torch._foreach_copy_(stored, averages)
 
 
+def configured_averages(config: EmaConfig, network: AnyNetwork) -> list[Ema[AnyNetwork]]:
+    """Return the averages of `network` that `config` asks for: the one that sampling uses, then its profiles."""
+    return [Ema(replace(config, sigma_rel=width), network) for width in (config.sigma_rel, *config.profiles)]
+
+
 def power_exponent(sigma_rel: float) -> float:
     """Return gamma of the profile p(tau) ~ tau^gamma on [0, t] whose standard deviation is sigma_rel t.
 
@@ -65,7 +70,7 @@ def power_exponent(sigma_rel: float) -> float:
     either ValueError.
     Source: arXiv:2312.02696, section 3 and appendix C.
     """
-    if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
+    if not is_width(sigma_rel):
         raise ValueError(f"sigma_rel: got {sigma_rel}, expected from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}")
     # squared and multiplied out: a cubic, whose largest root is the one with gamma >= 0
     ratio = sigma_rel**-2
@@ -82,28 +87,33 @@ class Snapshot:
     weights: Mapping[str, Tensor]
 
 
-def reconstruct(snapshots: Iterable[Snapshot], sigma_rel: float, steps: int) -> dict[str, Tensor]:
+def reconstruct(snapshots: Iterable[Snapshot], sigma_rel: float, steps: int) -> tuple[dict[str, Tensor], float]:
     """Return the average that a profile of `sigma_rel` would have had after `steps`: a mixture of the snapshots.
 
-    The mixture whose profile is nearest to the wanted one in the square norm: anything between two profiles, to about
-    1e-4 from sixteen snapshots of each. Summed in float64, returned in the dtypes of the snapshots. ValueError where
-    none is given or they hold different tensors. Source: arXiv:2312.02696, section 3.1 and appendix C.
+    The mixture whose profile is nearest to the wanted one in the square norm, and how far off it is (`mix_profiles`):
+    by 0.4 % between two profiles of sixteen snapshots each. Summed in float64, in the dtypes of the snapshots.
+    ValueError where none is given or they hold different tensors.
+    Source: arXiv:2312.02696, section 3.1 and appendix C.
     """
     given = list(snapshots)
     if not given or any(s.weights.keys() != given[0].weights.keys() for s in given):
         raise ValueError(f"snapshots: got {len(given)}, expected at least one, all with the same tensors")
-    mixture = mixture_weights([(s.sigma_rel, s.steps) for s in given], sigma_rel, steps)
+    mixture, off = mix_profiles([(s.sigma_rel, s.steps) for s in given], sigma_rel, steps)
     result = {}
     for name, first in given[0].weights.items():
         total = torch.zeros_like(first, dtype=torch.float64)
         for weight, snapshot in zip(mixture, given, strict=True):
             total.add_(snapshot.weights[name].double(), alpha=weight)
         result[name] = total.to(first.dtype)
-    return result
+    return result, off
 
 
-def mixture_weights(profiles: Sequence[tuple[float, int]], sigma_rel: float, steps: int) -> list[float]:
-    """Return the factors of `profiles`, pairs (sigma_rel, steps), whose mixture is nearest to that of the arguments."""
+def mix_profiles(profiles: Sequence[tuple[float, int]], sigma_rel: float, steps: int) -> tuple[list[float], float]:
+    """Return the factors of `profiles`, pairs (sigma_rel, steps), whose mixture is nearest to that of the arguments.
+
+    They sum to 1, so that it is an average: what does not change in training stays as it is. And how far off the
+    mixture is: the norm of the difference, relative to that of the profile wanted.
+    """
     shapes = np.array([(power_exponent(sigma), end) for sigma, end in (*profiles, (sigma_rel, steps))], dtype=float)
     if (shapes[:, 1] < 1).any():
         raise ValueError(f"steps: got {int(shapes[:, 1].min())}, expected at least 1")
@@ -114,5 +124,9 @@ def mixture_weights(profiles: Sequence[tuple[float, int]], sigma_rel: float, ste
     gram = (gamma[:, None] + 1) * (gamma[None, :] + 1) / (gamma[:, None] + gamma[None, :] + 1)
     gram = gram * powers * shared / (end[:, None] * end[None, :])
     # profiles may be nearly dependent, or given twice: the smallest of the best mixtures
-    solution, *_ = np.linalg.lstsq(gram[:-1, :-1], gram[:-1, -1], rcond=1e-13)
-    return [float(weight) for weight in solution]
+    bordered = np.ones_like(gram)  # by the constraint, whose multiplier is the last unknown
+    bordered[:-1, :-1], bordered[-1, -1] = gram[:-1, :-1], 0.0
+    solution, *_ = np.linalg.lstsq(bordered, np.append(gram[:-1, -1], 1.0), rcond=1e-13)
+    difference = np.append(solution[:-1], -1.0)
+    off = max(0.0, float(difference @ gram @ difference) / float(gram[-1, -1])) ** 0.5
+    return [float(factor) for factor in solution[:-1]], off

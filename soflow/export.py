@@ -84,7 +84,8 @@ VELOCITY_NFE = 64
 class Trained:
     """Weights of a network, and what they belong to.
 
-    objective: what trained them.  kind: ema (averaged) or model (of the last step).
+    objective: what trained them.  kind: ema (averaged) or model (of the last step).  sigma_rel: width of the profile
+    that the average was rebuilt for (`rebuild_average`), None where it is the run's own.
     """
 
     network: NetworkConfig
@@ -93,6 +94,7 @@ class Trained:
     weights: Mapping[str, Tensor]
     kind: str
     step: int
+    sigma_rel: float | None = None
 
 
 def write_export(folder: Path, trained: Trained) -> None:
@@ -113,6 +115,7 @@ def write_export(folder: Path, trained: Trained) -> None:
         "flow": dataclasses.asdict(trained.flow),
         "objective": trained.objective,
         "weights": trained.kind,
+        "sigma_rel": trained.sigma_rel,
         "step": trained.step,
     }
     try:
@@ -152,6 +155,8 @@ def read_export(folder: Path) -> Trained:
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
         require_sampler("flow.sampler", flow.sampler, objective)
         kind, step = str(described["weights"]), int(described["step"])
+        width = described.get("sigma_rel")
+        sigma_rel = None if width is None else float(width)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except CheckpointError:
@@ -161,7 +166,9 @@ def read_export(folder: Path) -> Trained:
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
     weights = load_tensors(folder / WEIGHTS)
-    return Trained(network=network, flow=flow, objective=objective, weights=weights, kind=kind, step=step)
+    return Trained(
+        network=network, flow=flow, objective=objective, weights=weights, kind=kind, step=step, sigma_rel=sigma_rel
+    )
 
 
 def _model_card(trained: Trained) -> str:
@@ -184,7 +191,7 @@ def _model_card(trained: Trained) -> str:
         sampler=flow.sampler,
         path=flow.path,
         parameterization=flow.parameterization,
-        weights="averaged" if trained.kind == "ema" else "plain",
+        weights=_weights_called(trained),
         step=trained.step,
         nfe=nfe,
         result="images" if of_images else "latents",
@@ -192,3 +199,9 @@ def _model_card(trained: Trained) -> str:
         imports="" if of_images else "from soflow.vae import load_vae\n",
         decoding="" if of_images else DECODING.format(vae=OFFICIAL_VAE),
     )
+
+
+def _weights_called(trained: Trained) -> str:
+    if trained.sigma_rel is not None:
+        return f"averaged (power-function profile, sigma_rel {trained.sigma_rel})"
+    return "averaged" if trained.kind == "ema" else "plain"

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from soflow.assembly import choose_ops
 from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
 from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
+from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, is_export, read_export
 from soflow.flow import SolutionFlow, build_flow
 from soflow.kernels import reference
@@ -147,8 +148,16 @@ def checkpoint_meta(config: Config, fingerprint: str, interval: dict[str, object
 
 
 def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, path: Path) -> None:
-    """Raise RunError unless the checkpoint `state`, read from `path`, is of this configuration and data set."""
-    _require_same(config, _config_of(state, path), str(path))
+    """Raise RunError unless the checkpoint `state`, read from `path`, is of this configuration and data set.
+
+    CheckpointError where it lacks an average of the configuration.
+    """
+    _require_same(config, _config_of(state.meta, path), str(path))
+    for sigma_rel in config.ema.profiles:
+        if sigma_rel not in state.profiles:
+            raise CheckpointError(
+                f"{path}: got no average of sigma_rel {sigma_rel}, expected it, as ema.profiles has it"
+            )
     if state.meta["data"] != fingerprint:
         raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
 
@@ -202,25 +211,57 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         trained = read_export(path)
         _require_network(trained.network, trained.flow, trained.weights, path)
         return trained
-    folder, step_folder = RunFolder(path), path
-    if folder.config.exists():
-        newest = checkpoint.newest(folder.checkpoints)
-        if newest is None:
-            raise CheckpointError(f"{path}: got a run folder without a sound checkpoint, expected at least one")
-        step_folder = newest
-    else:
-        checkpoint.verify(path)
+    step_folder = _sound_step(path)
     saved = checkpoint.read(step_folder)
-    config = _config_of(saved, step_folder)
-    state = saved.ema if weights == "ema" else saved.model
+    return _trained(
+        _config_of(saved.meta, step_folder), saved.step, saved.ema if weights == "ema" else saved.model, weights
+    )
+
+
+def rebuild_average(path: Path, sigma_rel: float) -> tuple[Trained, float]:
+    """Return the weights as a power-function profile of width `sigma_rel` averages them, whether it was kept or not.
+
+    Mixed from the averages of `ema.profiles` in all checkpoints of the run up to that of `path`: a run folder (its
+    newest sound one) or a step folder. And how far off the mixture's profile is, as `mix_profiles` says. ValueError for
+    a width that no profile has; CheckpointError naming the path where there are no such averages or a checkpoint is
+    damaged, RunError where one is another run's.
+    """
+    last = _sound_step(path)
+    saved = checkpoint.read(last)
+    config = _config_of(saved.meta, last)
+    snapshots = []
+    for step, folder in checkpoint.saved_steps(last.parent).items():
+        if step < saved.step:
+            meta, profiles = checkpoint.load_profiles(folder)
+            _require_same(config, _config_of(meta, folder), str(folder))
+            snapshots += [Snapshot(width, step, weights) for width, weights in profiles.items()]
+    snapshots += [Snapshot(width, saved.step, weights) for width, weights in saved.profiles.items()]
+    if not snapshots:
+        raise CheckpointError(f"{path}: got a run whose ema.profiles is empty, expected at least one width there")
+    weights, off = reconstruct(snapshots, sigma_rel, saved.step)
+    return dataclasses.replace(_trained(config, saved.step, weights, "ema"), sigma_rel=sigma_rel), off
+
+
+def _trained(config: Config, step: int, weights: Mapping[str, Tensor], kind: str) -> Trained:
     return Trained(
         network=config.network,
         flow=config.flow,
         objective=config.objective.name,
-        weights=state,
-        kind=weights,
-        step=saved.step,
+        weights=weights,
+        kind=kind,
+        step=step,
     )
+
+
+def _sound_step(path: Path) -> Path:
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        checkpoint.verify(path)
+        return path
+    newest = checkpoint.newest(folder.checkpoints)
+    if newest is None:
+        raise CheckpointError(f"{path}: got a run folder without a sound checkpoint, expected at least one")
+    return newest
 
 
 def _official_network(weights: Mapping[str, Tensor], path: Path) -> NetworkConfig:
@@ -245,8 +286,8 @@ def _require_network(network: NetworkConfig, flow: FlowConfig, weights: Mapping[
     require_weights(expected, weights, path)
 
 
-def _config_of(state: Checkpoint, path: Path) -> Config:
-    return parse_config(state.meta["config"], f"{path}/meta.json", NO_GRIDS)
+def _config_of(meta: Mapping[str, Any], path: Path) -> Config:
+    return parse_config(meta["config"], f"{path}/meta.json", NO_GRIDS)
 
 
 def _require_same(config: Config, stored: Config, where: str) -> None:

@@ -78,7 +78,8 @@ class Trainer:
         if processes.device.type == "cuda" and config.engine.parallel == "ddp":
             total = torch.cuda.get_device_properties(processes.device).total_memory
             require_memory(config, self.source.image_shape, processes.device, processes.world_size, total, network)
-        self.flow, self.ema, self.optimizer, self.step = assemble(config, processes, self.ops, network)
+        self.flow, self.averages, self.optimizer, self.step = assemble(config, processes, self.ops, network)
+        self.ema = self.averages[0]
         order = BatchOrder(len(self.source), config.train.batch_size, config.seed, self.step.positions)
         self.feeder = open_feeder(config.data, self.source, order, processes.device)
         name = torch.cuda.get_device_name(processes.device) if processes.device.type == "cuda" else ""
@@ -263,7 +264,9 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         state = checkpoint.read(path)
         require_own_checkpoint(self.config, self.source.fingerprint, state, path)
-        for network, weights in ((self.flow.network, state.model), (self.ema.network, state.ema)):
+        profiles = (state.profiles[sigma_rel] for sigma_rel in self.config.ema.profiles)
+        networks = (self.flow.network, *(average.network for average in self.averages))
+        for network, weights in zip(networks, (state.model, state.ema, *profiles), strict=True):
             own = network.state_dict()
             require_weights(own, weights, path)
             network.load_state_dict({name: like(own[name], value) for name, value in weights.items()})
@@ -300,7 +303,8 @@ class Trainer:
 
         optimizer = self.optimizer.state_dict()
         moments = {index: copied(f"moments {index}", entry) for index, entry in optimizer["state"].items()}
-        model, ema = copied("model", self.flow.network.state_dict()), copied("ema", self.ema.network.state_dict())
+        model = copied("model", self.flow.network.state_dict())
+        ema, *profiles = (copied(f"ema {i}", a.network.state_dict()) for i, a in enumerate(self.averages))
         self._snapshots.mark()
         if first:
             interval = {"steps": self.step.num_summed, "sums": sums.tolist(), "monitor": self.monitor.state_dict()}
@@ -309,6 +313,7 @@ class Trainer:
                 ready=self._snapshots.ready,
                 model=model,
                 ema=ema,
+                profiles=dict(zip(self.config.ema.profiles, profiles, strict=True)),
                 optimizer={**optimizer, "state": moments},
                 meta=checkpoint_meta(self.config, self.source.fingerprint, interval),
             )

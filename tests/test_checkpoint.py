@@ -36,6 +36,7 @@ from soflow.checkpoint import (
     is_unet,
     load,
     load_official,
+    load_profiles,
     newest,
     save,
     save_official,
@@ -471,6 +472,34 @@ def test_a_manifest_without_a_needed_file_or_with_one_elsewhere_is_refused(tmp_p
     (folder / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="expected names of files in this folder"):
         load(folder)
+
+
+def test_further_averages_are_kept_by_their_width(tmp_path: Path):
+    profiles = {0.05: {"w": torch.ones(3)}, 0.0001: {"w": torch.zeros(3)}}
+    folder = save(tmp_path, 1, model={}, ema={}, optimizer={}, meta={}, profiles=profiles)
+    assert names(folder) == {*FILES, "ema-0.05.safetensors", "ema-0.0001.safetensors"}
+    found = load(folder).profiles
+    assert found.keys() == profiles.keys()
+    for width, tensors in profiles.items():
+        assert_same(found[width], tensors)
+    file = folder / "ema-0.05.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    with pytest.raises(CheckpointError, match=r"ema-0\.05\.safetensors: sha256"):
+        load(folder)
+    with pytest.raises(CheckpointError, match=r"ema-0\.05\.safetensors: sha256"):
+        load_profiles(folder)
+
+
+def test_profiles_are_read_without_the_rest(tmp_path: Path):
+    folder = save(tmp_path, 1, model={}, ema={}, optimizer={}, meta={"a": 1}, profiles={0.05: {"w": torch.ones(3)}})
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.pt"):
+        (folder / name).unlink()
+    meta, profiles = load_profiles(folder)
+    assert meta == {"a": 1}
+    assert torch.equal(profiles[0.05]["w"], torch.ones(3))
+    (folder / "meta.json").unlink()
+    with pytest.raises(CheckpointError, match=r"meta\.json: cannot be read"):
+        load_profiles(folder)
 
 
 def test_a_renamed_step_folder_is_refused(tmp_path: Path):

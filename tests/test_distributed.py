@@ -22,6 +22,7 @@ SETTINGS = (
     "optim.clip_norm=0.5",
     "optim.warmup_steps=4",
     "optim.schedule=cosine",
+    "ema.profiles=[0.1]",
 )
 TIMINGS = {"time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib"}
 
@@ -72,7 +73,8 @@ def test_processes_train_the_same_model(shared, alone):
 @pytest.mark.slow
 def test_the_checkpoint_of_several_processes_is_that_of_one(shared, alone):
     found, expected = (checkpoint.load(run / "checkpoints" / "step-00000010") for run in (shared, alone))
-    for ours, theirs in ((found.model, expected.model), (found.ema, expected.ema)):
+    averages = ((found.ema, expected.ema), (found.profiles[0.1], expected.profiles[0.1]))
+    for ours, theirs in ((found.model, expected.model), *averages):
         assert ours.keys() == theirs.keys()
         for name, tensor in theirs.items():
             torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from soflow.config import EmaConfig
-from soflow.ema import Ema, Snapshot, mixture_weights, power_exponent, reconstruct
+from soflow.ema import Ema, Snapshot, configured_averages, mix_profiles, power_exponent, reconstruct
 
 
 def network() -> nn.Linear:
@@ -107,21 +107,25 @@ def test_reconstruction_is_the_average_that_was_not_kept(wanted):
     configs = [EmaConfig(sigma_rel=sigma, dtype="float64") for sigma in (0.05, 0.1, wanted)]
     track = Track(*configs)
     stored = [s for s in track.snapshots if s.sigma_rel != wanted]
-    rebuilt = reconstruct(stored, wanted, 200)["w"]
+    weights, off = reconstruct(stored, wanted, 200)
+    rebuilt = weights["w"]
     kept = track.emas[2].network.weight
     assert rebuilt.dtype == kept.dtype
     assert rebuilt.item() == pytest.approx(kept.item(), abs=1e-4)
+    assert off < 2e-3
 
 
 def test_snapshot_rebuilds_itself():
     profiles = [(0.05, 1000), (0.1, 1000), (0.05, 2000), (0.1, 2000)]
-    assert mixture_weights(profiles, 0.1, 2000) == pytest.approx([0, 0, 0, 1], abs=1e-6)
-    twice = mixture_weights([(0.1, 2000), (0.1, 2000)], 0.1, 2000)
+    itself, off = mix_profiles(profiles, 0.1, 2000)
+    assert itself == pytest.approx([0, 0, 0, 1], abs=1e-6)
+    assert off < 1e-6
+    twice, _ = mix_profiles([(0.1, 2000), (0.1, 2000)], 0.1, 2000)
     assert twice == pytest.approx([0.5, 0.5])
 
 
 def test_mixture_is_the_nearest():
-    """Against least squares on a fine grid of the profiles themselves."""
+    """Of the averages, whose factors sum to 1: against least squares on a fine grid of the profiles themselves."""
     profiles, wanted = [(0.05, 500), (0.1, 500), (0.05, 1000), (0.1, 1000)], (0.07, 900)
     tau = (np.arange(200_000) + 0.5) / 200
 
@@ -130,8 +134,22 @@ def test_mixture_is_the_nearest():
         return np.where(tau <= end, (gamma + 1) * (tau / end) ** gamma / end, 0.0)
 
     columns = np.stack([density(*profile) for profile in profiles], axis=1)
-    expected, *_ = np.linalg.lstsq(columns, density(*wanted), rcond=None)
-    assert mixture_weights(profiles, *wanted) == pytest.approx(expected, abs=1e-3)
+    last, others = columns[:, -1], columns[:, :-1]
+    free, *_ = np.linalg.lstsq(others - last[:, None], density(*wanted) - last, rcond=None)
+    expected = np.append(free, 1.0 - free.sum())
+    mixture, off = mix_profiles(profiles, *wanted)
+    assert mixture == pytest.approx(expected, abs=1e-3)
+    assert sum(mixture) == pytest.approx(1.0, abs=1e-12)
+    difference = columns @ expected - density(*wanted)
+    assert off == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(density(*wanted)), rel=1e-3)
+    assert off > 0.1
+
+
+def test_profiles_are_averages_besides():
+    config = EmaConfig(decay=0.9, every=3, dtype="float64", profiles=(0.05, 0.1))
+    averages = configured_averages(config, network())
+    assert [a.gamma for a in averages] == [None, power_exponent(0.05), power_exponent(0.1)]
+    assert {(a.every, a.dtype) for a in averages} == {(3, torch.float64)}
 
 
 def test_snapshots_that_do_not_fit_are_refused():

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from soflow import export
+from soflow import checkpoint, export
 from soflow.checkpoint import CheckpointError, files
 from soflow.cli import main
 from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
 from soflow.distributed import Processes
+from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, read_export, write_export
 from soflow.flow import build_flow
 from soflow.kernels import reference
@@ -66,6 +68,69 @@ def test_an_export_is_on_the_disk_before_it_is_there_and_touches_nothing_else(tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp"]
     assert (tmp_path / "out").stat().st_mode == beside.stat().st_mode
     assert (beside / "thesis.txt").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def run_of_profiles(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("profiles")
+    config = tiny.config(folder, "ema.profiles=[0.05,0.1]", "train.checkpoint_every=2")
+    trainer = Trainer(config, Processes(0, 1, torch.device("cpu")))
+    trainer.fit()
+    return trainer.folder.path
+
+
+@pytest.mark.parametrize(("of", "last"), [("", 8), ("checkpoints/step-00000006", 6)])
+def test_an_average_that_was_not_kept_is_rebuilt(tmp_path, run_of_profiles, capsys, of, last):
+    """From the profiles of that checkpoint and the earlier ones, as `reconstruct` does."""
+    path, out = run_of_profiles / of, tmp_path / "out"
+    assert main(["export", str(path), str(out), "--sigma-rel", "0.07"]) == 0
+    snapshots = []
+    for step in range(2, last + 1, 2):
+        profiles = checkpoint.load(run_of_profiles / f"checkpoints/step-{step:08d}").profiles
+        snapshots += [Snapshot(width, step, weights) for width, weights in profiles.items()]
+    assert len(snapshots) == last
+    expected, off = reconstruct(snapshots, 0.07, last)
+    for name, tensor in load_file(out / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+    assert f"step {last}, averaged as by sigma_rel 0.07 (profile off by {off:.1e}" in capsys.readouterr().out
+    assert f"averaged (power-function profile, sigma_rel 0.07) after {last} training" in (out / "README.md").read_text()
+    assert (read_export(out).sigma_rel, read_export(out).kind) == (0.07, "ema")
+    assert main(["export", str(out), str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "README.md").read_text() == (out / "README.md").read_text()
+
+
+def test_an_average_that_was_kept_is_itself(tmp_path, run_of_profiles):
+    assert main(["export", str(run_of_profiles), str(tmp_path / "out"), "--sigma-rel", "0.1"]) == 0
+    kept = checkpoint.load(run_of_profiles / "checkpoints/step-00000008").profiles[0.1]
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, kept[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_cannot_be_rebuilt_is_refused(tmp_path, run, run_of_profiles, capsys):
+    def refusal(path: Path, *arguments: str) -> str:
+        assert main(["export", str(path), str(tmp_path / "out"), *arguments]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    assert "got a run whose ema.profiles is empty, expected" in refusal(run, "--sigma-rel", "0.07")
+    assert "no such folder, expected a checkpoint" in refusal(OFFICIAL / "x", "--sigma-rel", "0.07")
+    for width in ("0.3", "x", "nan"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["export", str(run), str(tmp_path / "out"), "--sigma-rel", width])
+        assert f"got '{width}', expected a number from 0.0001 to 0.2887" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), str(tmp_path / "out"), "--sigma-rel", "0.1", "--weights", "model"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+    copy = tmp_path / "run"
+    shutil.copytree(run_of_profiles, copy)
+    (copy / "checkpoints/step-00000004/model.safetensors").write_bytes(b"of no use here")
+    assert main(["export", str(copy), str(tmp_path / "sound"), "--sigma-rel", "0.07"]) == 0
+    (copy / "checkpoints/step-00000004/ema-0.1.safetensors").write_bytes(b"damaged")
+    assert "step-00000004/ema-0.1.safetensors: size 7, expected" in refusal(copy, "--sigma-rel", "0.07")
+    shutil.rmtree(copy / "checkpoints/step-00000004")
+    shutil.copytree(run / "checkpoints/step-00000003", copy / "checkpoints/step-00000003")
+    assert "step-00000003 belongs to another configuration" in refusal(copy, "--sigma-rel", "0.07")
 
 
 DIT = {"name": "DiT", "input_size": 8, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}

@@ -10,6 +10,7 @@ import torch
 
 import soflow
 from bench import extension
+from soflow.config import MAX_PROFILES
 from soflow.kernels import multi_tensor
 
 needs_nvcc = pytest.mark.skipif(extension.find_nvcc() is None, reason="needs nvcc")
@@ -72,7 +73,7 @@ def test_built_wherever_it_can_be():
     assert multi_tensor.is_built(), "there is an nvcc: pip install --editable ., or python setup.py build_ext --inplace"
     module = multi_tensor.load_extension()
     assert module.__version__ == soflow.__version__
-    assert (module.CHUNK, module.MAX_AVERAGES) == (8192, 8)
+    assert (module.CHUNK, module.MAX_AVERAGES) == (8192, MAX_PROFILES + 1)
 
 
 @needs_extension

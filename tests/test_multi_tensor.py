@@ -64,7 +64,7 @@ def test_golden_trajectory(host):
 
 def test_training_resumes_to_the_bit(host, tmp_path):
     settings = ("optim.backend=fused", "optim.clip_norm=1", "ema.every=3", "ema.dtype=float64", "train.total_steps=6")
-    settings += ("optim.warmup_steps=3", "optim.schedule=cosine")
+    settings += ("optim.warmup_steps=3", "optim.schedule=cosine", "ema.profiles=[0.05,0.1]")
     whole = test_trainer.train(tiny.config(tmp_path / "whole", *settings))
     config = tiny.config(tmp_path / "parts", *settings)
     test_trainer.train(config, until=4)

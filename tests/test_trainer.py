@@ -49,7 +49,8 @@ def metrics(trainer: Trainer) -> list[dict]:
 
 
 def assert_same_state(a: Trainer, b: Trainer) -> None:
-    for x, y in ((a.flow.network, b.flow.network), (a.ema.network, b.ema.network)):
+    averages = ((x.network, y.network) for x, y in zip(a.averages, b.averages, strict=True))
+    for x, y in ((a.flow.network, b.flow.network), *averages):
         for name, tensor in x.state_dict().items():
             assert torch.equal(tensor, y.state_dict()[name]), name
     state_a, state_b = a.optimizer.state_dict(), b.optimizer.state_dict()
@@ -68,7 +69,9 @@ def test_loss_falls(tmp_path):
     assert lines[-1]["loss/velocity_mse"] < 0.8 * lines[0]["loss/velocity_mse"]
 
 
-@pytest.mark.parametrize("settings", [(), ("optim.name=radam", "ema.every=3", "ema.dtype=float64")])
+@pytest.mark.parametrize(
+    "settings", [("ema.profiles=[0.05,0.1]",), ("optim.name=radam", "ema.every=3", "ema.dtype=float64")]
+)
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, stop, settings):
     whole = train(tiny.config(tmp_path / "whole", *settings))

@@ -1,17 +1,18 @@
 """The checkpoints of a run: one folder per saved step, with a manifest of hashes.
 
-A run keeps `<root>/step-00001000/` with model.safetensors, ema.safetensors, optimizer.pt, meta.json and MANIFEST.json
-(size and SHA-256 of the other four). Such a folder appears by one rename of a complete, synced `step-00001000.tmp/`;
-folders that end in `.tmp` are leftovers of an interrupted save. `<root>/LATEST` names the last folder written: a hint
-for people and scripts, which nothing here relies on. Pickles are read with weights_only=True, never otherwise. All
-tensors are whole, however many processes trained them and however they shared them out.
+A run keeps `<root>/step-00001000/` with model.safetensors, ema.safetensors, a file like ema-0.05.safetensors for each
+further average (here a profile of sigma_rel 0.05), optimizer.pt, meta.json and MANIFEST.json (size and SHA-256 of the
+others). Such a folder appears by one rename of a complete, synced `step-00001000.tmp/`; folders that end in `.tmp` are
+leftovers of an interrupted save. `<root>/LATEST` names the last folder written: a hint for people and scripts, which
+nothing here relies on. Pickles are read with weights_only=True, never otherwise. All tensors are whole, however many
+processes trained them and however they shared them out.
 """
 
 import json
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,11 @@ from soflow.checkpoint.files import (
 FORMAT_VERSION = 1
 
 MODEL, EMA, OPTIMIZER, META = "model.safetensors", "ema.safetensors", "optimizer.pt", "meta.json"
+PROFILE = "ema-{}.safetensors"
 MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
+
+NO_PROFILES: Mapping[float, Mapping[str, Tensor]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Checkpoint:
     step: int
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
+    profiles: dict[float, dict[str, Tensor]]  # further averages, by their sigma_rel
     optimizer: dict[str, Any]  # as torch.optim.Optimizer.state_dict() gave it
     meta: dict[str, Any]  # as given to `save`, after one trip through JSON
 
@@ -58,6 +63,7 @@ def save(
     ema: Mapping[str, Tensor],
     optimizer: Mapping[str, Any],
     meta: Mapping[str, Any],
+    profiles: Mapping[float, Mapping[str, Tensor]] = NO_PROFILES,
     keep_last: int = 0,
     keep_every: int = 0,
 ) -> Path:
@@ -79,9 +85,12 @@ def save(
         partial.mkdir()
         save_file(separate(model), partial / MODEL)
         save_file(separate(ema), partial / EMA)
+        for sigma_rel, profile in profiles.items():
+            save_file(separate(profile), partial / PROFILE.format(sigma_rel))
         save_pickle(dict(optimizer), partial / OPTIMIZER)
         (partial / META).write_text(meta_text + "\n")
-        files = {name: fingerprint(partial / name) for name in (MODEL, EMA, OPTIMIZER, META)}
+        names = (MODEL, EMA, *map(PROFILE.format, profiles), OPTIMIZER, META)
+        files = {name: fingerprint(partial / name) for name in names}
         (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1) + "\n")
         sync_folder(partial, like=partial / META)
 
@@ -118,30 +127,30 @@ def read(path: Path) -> Checkpoint:
     Raises CheckpointError for what does not belong together, such as another step or a newer format.
     """
     files = _recorded_files(path)
-    try:
-        envelope = json.loads((path / META).read_text())
-        version, step, meta = int(envelope["format_version"]), int(envelope["step"]), dict(envelope["meta"])
-    except OSError as error:
-        raise CheckpointError(f"{path / META}: cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path / META}: expected format_version, step and meta: {error!r}") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it"
-        )
+    step, meta = _read_meta(path)
     missing = [name for name in (MODEL, EMA, OPTIMIZER) if name not in files]
     if missing:
         raise CheckpointError(f"{path / MANIFEST}: lists no {missing[0]}, expected {MODEL}, {EMA} and {OPTIMIZER}")
-    number = _step_number(path)
-    if number is not None and number != step:
-        raise CheckpointError(f"{path}: holds step {step}, expected step {number} as the folder is called")
     return Checkpoint(
         step=step,
         model=load_tensors(path / MODEL),
         ema=load_tensors(path / EMA),
+        profiles={sigma_rel: load_tensors(path / name) for sigma_rel, name in _profiles(files).items()},
         optimizer=load_pickle(path / OPTIMIZER),
         meta=meta,
     )
+
+
+def load_profiles(path: Path) -> tuple[dict[str, Any], dict[float, dict[str, Tensor]]]:
+    """Return meta and profiles of the checkpoint in the step folder `path`, verified; no other file of it is opened.
+
+    Raises CheckpointError as `load` does.
+    """
+    files = _recorded_files(path)
+    profiles = _profiles(files)
+    _require_intact(path, {name: files[name] for name in (META, *profiles.values())})
+    _, meta = _read_meta(path)
+    return meta, {sigma_rel: load_tensors(path / name) for sigma_rel, name in profiles.items()}
 
 
 def newest(root: Path, warn: Callable[[str], None] = warnings.warn) -> Path | None:
@@ -231,7 +240,11 @@ def _step_folders(root: Path) -> list[tuple[int, Path]]:
 
 def verify(folder: Path) -> None:
     """Raise CheckpointError, naming the file, unless all files of the step folder are as its manifest says."""
-    for name, expected in _recorded_files(folder).items():
+    _require_intact(folder, _recorded_files(folder))
+
+
+def _require_intact(folder: Path, recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, expected in recorded.items():
         try:
             found = fingerprint(folder / name)
         except OSError as error:
@@ -241,6 +254,30 @@ def verify(folder: Path) -> None:
                 raise CheckpointError(
                     f"{folder / name}: {key} {found[key]}, expected {expected[key]}: the file is damaged"
                 )
+
+
+def _read_meta(path: Path) -> tuple[int, dict[str, Any]]:
+    try:
+        envelope = json.loads((path / META).read_text())
+        version, step, meta = int(envelope["format_version"]), int(envelope["step"]), dict(envelope["meta"])
+    except OSError as error:
+        raise CheckpointError(f"{path / META}: cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path / META}: expected format_version, step and meta: {error!r}") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}, expected at most {FORMAT_VERSION}: a newer soflow wrote it"
+        )
+    number = _step_number(path)
+    if number is not None and number != step:
+        raise CheckpointError(f"{path}: holds step {step}, expected step {number} as the folder is called")
+    return step, meta
+
+
+def _profiles(names: Iterable[str]) -> dict[float, str]:
+    # no width is so small that Python writes it with an exponent
+    found = ((name, re.fullmatch(r"ema-(0\.\d+)\.safetensors", name)) for name in names)
+    return {float(match[1]): name for name, match in found if match}
 
 
 def _recorded_files(folder: Path) -> dict[str, dict[str, Any]]:

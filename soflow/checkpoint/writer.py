@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from soflow.checkpoint.steps import save
+from soflow.checkpoint.steps import NO_PROFILES, save
 
 
 class Snapshots:
@@ -75,6 +75,7 @@ class Writer:
         ema: Mapping[str, Tensor],
         optimizer: Mapping[str, Any],
         meta: Mapping[str, Any],
+        profiles: Mapping[float, Mapping[str, Tensor]] = NO_PROFILES,
     ) -> None:
         """Begin to write a checkpoint, when `wait` has returned; nothing given may change until it returns again.
 
@@ -91,6 +92,7 @@ class Writer:
                 ema=ema,
                 optimizer=optimizer,
                 meta=meta,
+                profiles=profiles,
                 keep_last=self._keep_last,
                 keep_every=self._keep_every,
             )
