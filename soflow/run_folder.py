@@ -287,7 +287,10 @@ def _require_network(network: NetworkConfig, flow: FlowConfig, weights: Mapping[
 
 
 def _config_of(meta: Mapping[str, Any], path: Path) -> Config:
-    return parse_config(meta["config"], f"{path}/meta.json", NO_GRIDS)
+    text = meta.get("config")
+    if not isinstance(text, str):
+        raise CheckpointError(f"{path}/meta.json: config: got {text!r}, expected the configuration of a run")
+    return parse_config(text, f"{path}/meta.json", NO_GRIDS)
 
 
 def _require_same(config: Config, stored: Config, where: str) -> None:

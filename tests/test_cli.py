@@ -461,6 +461,15 @@ def untrained(folder: Path, channels: int = 1, poison: bool = False, num_classes
     return checkpoint.save(folder, 1, model=weights, ema=weights, optimizer={}, meta=meta)
 
 
+def test_a_checkpoint_of_no_run_is_refused(tmp_path, capsys):
+    """As `checkpoint.save` writes it for another program."""
+    for step, meta in enumerate(({}, {"config": 3})):
+        folder = checkpoint.save(tmp_path, step, model={}, ema={}, optimizer={}, meta=meta)
+        for command in (("sample", folder, "--grid", tmp_path / "a.png"), ("export", folder, tmp_path / "out")):
+            error = refusal(capsys, *command)
+            assert f"{folder}/meta.json: config: got {meta.get('config')}, expected the configuration of a run" in error
+
+
 def test_unconditional_networks_have_no_classes(tmp_path, capsys):
     folder = untrained(tmp_path)
     assert "unconditional" in refusal(capsys, "sample", folder, "--classes", "0", "--grid", tmp_path / "a.png")
