@@ -84,7 +84,7 @@ def training_seconds(metrics: Sequence[dict[str, float]]) -> float:
 
 
 def plot_losses(path: Path, metrics: Sequence[dict[str, float]], velocity_share: float) -> None:
-    """Draw both mean square errors, their sum weighted by their rows' shares of the batch, and the gap r, as a PNG."""
+    """Draw both mean square errors, their sum weighted by their rows' shares of the batch, and r, as a PNG."""
     steps = [record["step"] for record in metrics]
     velocity = [record["loss/velocity_mse"] for record in metrics]
     consistency = [record["loss/consistency_mse"] for record in metrics]

@@ -2,7 +2,7 @@
 
     python -m bench.precision [--seeds N] [--steps N] [--runs FOLDER] [--results FILE]
 
-Trains configs/digits.yaml, see bench/trainings.py, down to a gap r of 0.0003125, as the CIFAR-10 recipe does: in
+Trains configs/digits.yaml, see bench/trainings.py, down to a gap ratio r of 0.0003125, as the CIFAR-10 recipe does: in
 float32, in bf16 with two evaluations and in bf16 with difference propagation; with the same seeds, noise, times and
 schedule. Prints the tables, mean and standard deviation over N seeds (default 5), and writes the JSON file.
 """

@@ -1,4 +1,4 @@
-"""How exact is the slope q at each gap r? Two evaluations against difference propagation, in several precisions.
+"""How exact is the slope q at each gap ratio r? Two evaluations against difference propagation, in several precisions.
 
     python -m bench.slope [--network NAME] [--weights initial|drawn] [--batch-size N]
 

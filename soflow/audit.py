@@ -1,6 +1,6 @@
 """The slope that a run trained on, taken apart: bias of the finite difference, and noise of its arithmetic.
 
-Both are errors of q relative to the exact slope, the derivative that q has as its gap r goes to 0 (forward-mode
+Both are errors of q relative to the exact slope, the derivative that q has as its gap ratio r goes to 0 (forward-mode
 differentiation in float64), as norms over a few rows of the run's own data, noise, times and guided velocity:
 
     bias    |q(r) - q(0)| / |q(0)|      in float64: what the method leaves out, of first order in r
@@ -64,7 +64,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class GapErrors:
-    """The errors of q at one gap r, relative to |q(0)|; noise and its prediction by way, a name of `WAYS`."""
+    """The errors of q at one gap ratio r, relative to |q(0)|; noise and its prediction by way, a name of `WAYS`."""
 
     r: float
     bias: float

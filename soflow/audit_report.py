@@ -34,7 +34,7 @@ def table(audits: Sequence[StepAudit]) -> str:
     ]
     return "\n\n".join(
         (
-            "Each checkpoint, at the gap r of its step:",
+            "Each checkpoint, at the gap ratio r of its step:",
             _grid(("step", "r", "order of bias", "bias", *WAYS), over_training),
             f"Step {last.step}, at every gap:",
             _grid(("r", "bias", *WAYS), over_gaps),
@@ -66,7 +66,7 @@ def save_plot(path: Path, audits: Sequence[StepAudit], gap_init: float, gap_end:
     for way in WAYS:
         axes[0].loglog(gaps, [errors.predicted[way] for errors in last.gaps], color="0.3", ls=":", lw=0.8)
     axes[0].axvspan(min(gap_init, gap_end), max(gap_init, gap_end), color="0.95", zorder=0)
-    axes[0].set(title=f"step {last.step}; grey: the run's gaps; dotted: predicted", xlabel="gap r")
+    axes[0].set(title=f"step {last.step}; grey: the run's gaps; dotted: predicted", xlabel="gap ratio r")
     axes[0].set_ylabel("error of the slope, relative to the exact slope")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)
     if len(audits) > 1:

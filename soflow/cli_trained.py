@@ -20,8 +20,8 @@ def _audit_parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "audit",
         "Take the slope that a run trained on apart, on the CPU: its finite difference against the exact derivative "
-        "(bias), and its arithmetic in several precisions against float64 (noise), as a function of the gap r. Prints "
-        "tables and writes audit.json and audit.png.",
+        "(bias), and its arithmetic in several precisions against float64 (noise), as a function of the gap ratio r. "
+        "Prints tables and writes audit.json and audit.png.",
         "examples:\n"
         "  soflow audit runs/digits                    the newest checkpoint\n"
         "  soflow audit runs/digits --steps all        over training: all that train.keep_last left",

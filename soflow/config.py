@@ -192,7 +192,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TimesConfig:
-    """Logit-normal times, and the schedule of the gap r that places the middle time l = t + (s - t) r."""
+    """Logit-normal times, and the schedule of the gap ratio r that places the middle time l = t + (s - t) r."""
 
     velocity_mean: Annotated[float, "mean of logit(t) for velocity rows"] = -0.2
     velocity_std: Annotated[float, "standard deviation of logit(t) for velocity rows"] = 1.0

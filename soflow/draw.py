@@ -60,8 +60,8 @@ def sample_batch(
     """Draw posterior, noise, times and null labels of the rows `positions` for (seed, step).
 
     mean, std: (B, C, H, W) fp32, moments of the data (std None: exact).  labels: (B,) int64 or None.
-    positions: (B,) int64, position of each row in the global batch.  step: int64 scalar.  r: fp32 scalar, its gap.
-    augment_labels: (B, A), or None.
+    positions: (B,) int64, position of each row in the global batch.  step: int64 scalar.  r: fp32 scalar, the
+    gap ratio of the step.  augment_labels: (B, A), or None.
     Objective meanflow orders the draws of t and s, and its velocity rows take that t, as the paper has it.
     """
     seeds = torch.full_like(positions, seed)

@@ -253,7 +253,7 @@ def choose_capture(
 
 
 def gap_ratio_at(config: Config, step: int) -> float:
-    """Return the gap r of the 0-based `step` of a run."""
+    """Return the gap ratio r of the 0-based `step` of a run."""
     times = config.times
     return gap_ratio(step, config.train.total_steps, times.gap_init, times.gap_end, times.gap_method)
 

@@ -1,4 +1,4 @@
-"""Times of the training rows, and the schedule of the gap r that places the middle time."""
+"""Times of the training rows, and the schedule of the gap ratio r that places the middle time."""
 
 import math
 from typing import Literal
