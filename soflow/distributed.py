@@ -2,12 +2,13 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -58,6 +59,39 @@ class Processes:
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.hosts)
         return values
+
+    def collect(self, own: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+        """Return on the first process the rows that each one hands in, in their order; on the others nothing.
+
+        counts: of the rows of each, which may be 0; but for them the arrays have one shape and type.
+        """
+        if not self.is_first:
+            if len(own):
+                dist.send(torch.from_numpy(own), dst=0, group=self.hosts)
+            return []
+        parts = [own, *(np.empty((count, *own.shape[1:]), own.dtype) for count in counts[1:])]
+        for rank, part in enumerate(parts):
+            if rank > 0 and len(part):
+                dist.recv(torch.from_numpy(part), src=rank, group=self.hosts)
+        return parts
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Raise in every process when the block raised ValueError or OSError in any: its own error, or ValueError.
+
+        Every process comes here, and the block exchanges nothing.
+        """
+        own: ValueError | OSError | None = None
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            own = error
+        messages = self.gather(None if own is None else str(own))
+        if own is not None:
+            raise own
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise ValueError(f"process {rank}: {message}")
 
 
 class Ballot:

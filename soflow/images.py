@@ -2,6 +2,9 @@
 
 import errno
 import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +56,27 @@ def save_png(path: Path, image: np.ndarray) -> None:
         picture.save(partial, format="PNG")
 
 
-def save_npz(path: Path, images: np.ndarray) -> None:
-    """Write images, (N, H, W, 1 or 3) uint8, as the array `arr_0` with three channels, which FID evaluators read.
+@contextmanager
+def writing_npz(path: Path, shape: tuple[int, int, int]) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yield what appends images, (n, H, W, 1 or 3) uint8, to the array `arr_0` of `path`, which FID evaluators read.
 
-    Grey becomes three equal channels; an existing file is replaced only by a complete one.
+    shape: (N, H, W) of all of them together.  The bytes are those of numpy.savez, which would need all in memory.  Grey
+    becomes three equal channels; an existing file is replaced only by a complete one, when the block has ended well.
     """
-    with replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, arr_0=np.broadcast_to(images, (*images.shape[:3], 3)))
+    shape_of_all = (*shape, 3)
+    written = 0
+    with replacing(path) as partial:
+        with zipfile.ZipFile(partial, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape_of_all}
+            np.lib.format.write_array_header_1_0(file, header)
+
+            def append(images: np.ndarray) -> None:
+                nonlocal written
+                written += len(images)
+                file.write(np.ascontiguousarray(np.broadcast_to(images, (len(images), *shape_of_all[1:]))).data)
+
+            yield append
+        assert written == shape[0], f"{written} of {shape[0]} images"
 
 
 def require_writable(path: Path) -> None:

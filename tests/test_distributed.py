@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -134,6 +135,9 @@ def test_alone_needs_no_process_group():
         assert (processes.rank, processes.world_size, processes.is_first) == (0, 1, True)
         assert processes.agree("x") == "x"
         assert processes.sum(torch.ones(2)).tolist() == [1, 1]
+        assert processes.collect(np.arange(3), [3])[0].tolist() == [0, 1, 2]
+        with pytest.raises(KeyError), processes.failing_together():
+            raise KeyError
     assert not torch.distributed.is_initialized()
 
 

@@ -1,5 +1,7 @@
 """Pixels, grids and files of samples."""
 
+import resource
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +60,16 @@ def test_png_reads_back(tmp_path, channels):
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
+def save_npz(path: Path, array: np.ndarray, batch: int = 3) -> None:
+    with images.writing_npz(path, array.shape[:3]) as append:
+        for start in range(0, len(array), batch):
+            append(array[start : start + batch])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_npz_has_three_channels_under_the_official_name(tmp_path, channels):
     array = np.random.default_rng(0).integers(0, 256, (4, 6, 6, channels), dtype=np.uint8)
-    images.save_npz(tmp_path / "a.npz", array)
+    save_npz(tmp_path / "a.npz", array)
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         assert archive.files == ["arr_0"]
         stored = archive["arr_0"]
@@ -71,20 +79,52 @@ def test_npz_has_three_channels_under_the_official_name(tmp_path, channels):
         assert np.array_equal(stored[..., channel], array[..., channel % channels])
 
 
-def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_npz_is_to_the_byte_what_numpy_writes(tmp_path, channels):
+    array = np.random.default_rng(0).integers(0, 256, (40, 6, 6, channels), dtype=np.uint8)
+    save_npz(tmp_path / "a.npz", array)
+    np.savez(tmp_path / "b.npz", np.broadcast_to(array, (40, 6, 6, 3)))
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_npz_needs_the_memory_of_a_batch(tmp_path):
+    batch = np.zeros((64, 32, 32, 1), np.uint8)
+    tracemalloc.start()
+    try:
+        with images.writing_npz(tmp_path / "a.npz", (64 * 64, 32, 32)) as append:
+            for _ in range(64):
+                append(batch)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "a.npz").stat().st_size > 64 * 3 * batch.nbytes
+    assert peak < 4 * 3 * batch.nbytes
+
+
+def test_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path):
     path = tmp_path / "a.npz"
-    images.save_npz(path, np.zeros((1, 2, 2, 1), np.uint8))
+    save_npz(path, np.zeros((1, 2, 2, 1), np.uint8))
     before = path.read_bytes()
-
-    def fail_half_way(file, **arrays):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(images.np, "savez", fail_half_way)
-    with pytest.raises(OSError, match="disk full"):
-        images.save_npz(path, np.ones((1, 2, 2, 1), np.uint8))
+    with pytest.raises(KeyboardInterrupt), images.writing_npz(path, (2, 2, 2)) as append:  # noqa: PT012
+        append(np.ones((1, 2, 2, 1), np.uint8))
+        raise KeyboardInterrupt
+    with pytest.raises(AssertionError, match="1 of 2 images"), images.writing_npz(path, (2, 2, 2)) as append:
+        append(np.ones((1, 2, 2, 1), np.uint8))
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_full_disk_is_said_with_the_name_of_the_file(tmp_path):
+    path = tmp_path / "a.npz"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_npz(path, np.zeros((100, 16, 16, 3), np.uint8))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_require_writable_changes_nothing(tmp_path):

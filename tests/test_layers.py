@@ -58,7 +58,7 @@ LAYERS = {
         "vae",
     },
     4: {"assembly", "audit", "audit_report", "memory", "run_folder", "step", "trainer"},
-    5: {"arguments", "cli", "cli_data", "cli_trained"},
+    5: {"arguments", "cli", "cli_data", "cli_sample", "cli_trained"},
 }
 LAYER_OF = {unit: layer for layer, units in LAYERS.items() for unit in units}
 OUTSIDE = {"bench", "tests", "train"}
