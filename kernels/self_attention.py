@@ -4,6 +4,9 @@ qkv: (B, T, 3 H d) fp32 | bf16 | fp16, packed as (3, H, d), d up to 128.  o: (B,
 logarithm to base 2 of each query's normaliser: a GPU's exponential is one of base 2.  Products take their inputs in the
 dtype of qkv and sum in fp32; scores and the softmax are fp32.
 
+A block of tokens is a tuple of one tensor or two, BLOCK_D and REST_D wide: products want powers of two, and 64 + 16 are
+fewer than 128 for a head of 72 numbers.
+
 Forward: a program owns a block of queries of one head and walks the keys once, with a running maximum. Backward for few
 tokens: one program per head holds them all, every product is made once. For more: a program per block of keys walks the
 queries for dk and dv, another per block of queries walks the keys for dq: the same bits again, without atomics.
@@ -19,7 +22,12 @@ from torch import Tensor
 from soflow.kernels import reference
 from soflow.kernels.library import check, check_dimensions, check_grid, check_width, register
 from soflow.kernels.math import LOG2_E
-from soflow.kernels.tuning import ATTENTION_STAGES, attention_bwd_launch, attention_is_fused, attention_launch
+from soflow.kernels.tuning import (
+    attention_bwd_launch,
+    attention_bwd_queries_launch,
+    attention_is_fused,
+    attention_launch,
+)
 
 
 @triton.jit
@@ -29,57 +37,126 @@ def _head(H):
 
 
 @triton.jit
-def _places(ptr, part: tl.constexpr, parts: tl.constexpr, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to tokens of the program's head, (BLOCK_T, BLOCK_D), in (B, T, parts, H, d), and which of them exist."""
+def _places(
+    ptr, part: tl.constexpr, parts: tl.constexpr, tokens, first, T, H, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Pointers to WIDTH numbers of the program's head, from `first` on, in (B, T, parts, H, d); and which exist."""
     sample, head = tl.program_id(2).to(tl.int64), tl.program_id(1)
-    cols = tl.arange(0, BLOCK_D)
-    width = H * HEAD_DIM
-    base = sample * T * parts * width + head * HEAD_DIM + part * width
+    cols = first + tl.arange(0, WIDTH)
+    row = H * HEAD_DIM
+    base = sample * T * parts * row + head * HEAD_DIM + part * row
     mask = (tokens[:, None] < T) & (cols[None, :] < HEAD_DIM)
-    return ptr + base + tokens[:, None] * (parts * width) + cols[None, :], mask
+    return ptr + base + tokens[:, None] * (parts * row) + cols[None, :], mask
 
 
 @triton.jit
 def load_block(
-    ptr, part: tl.constexpr, parts: tl.constexpr, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
+    tokens,
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
 ):
-    """Tokens of the program's head, (BLOCK_T, BLOCK_D), zero beyond T and HEAD_DIM; q, k, v are 0, 1, 2 of 3 parts."""
-    pointers, mask = _places(ptr, part, parts, tokens, T, H, HEAD_DIM, BLOCK_D)
-    return tl.load(pointers, mask=mask, other=0.0)
+    """Tokens of the program's head as a block, zero beyond T and HEAD_DIM; q, k, v are 0, 1, 2 of 3 parts."""
+    pointers, mask = _places(ptr, part, parts, tokens, 0, T, H, HEAD_DIM, BLOCK_D)
+    block = tl.load(pointers, mask=mask, other=0.0)
+    if REST_D == 0:
+        return (block,)
+    else:
+        pointers, mask = _places(ptr, part, parts, tokens, BLOCK_D, T, H, HEAD_DIM, REST_D)
+        return block, tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_block(
-    ptr, part: tl.constexpr, parts: tl.constexpr, block, tokens, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr,
+    part: tl.constexpr,
+    parts: tl.constexpr,
+    block,
+    tokens,
+    T,
+    H,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
 ):
     """What `load_block` would load."""
-    pointers, mask = _places(ptr, part, parts, tokens, T, H, HEAD_DIM, BLOCK_D)
-    tl.store(pointers, block, mask=mask)
+    pointers, mask = _places(ptr, part, parts, tokens, 0, T, H, HEAD_DIM, BLOCK_D)
+    tl.store(pointers, block[0], mask=mask)
+    if REST_D > 0:
+        pointers, mask = _places(ptr, part, parts, tokens, BLOCK_D, T, H, HEAD_DIM, REST_D)
+        tl.store(pointers, block[1], mask=mask)
 
 
 @triton.jit
-def _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def zero_block(tokens: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr):
+    """A block in fp32 to add to."""
+    block = tl.zeros((tokens, BLOCK_D), tl.float32)
+    if REST_D == 0:
+        return (block,)
+    else:
+        return block, tl.zeros((tokens, REST_D), tl.float32)
+
+
+@triton.jit
+def multiply_add(matrix, block, total):
+    """total + matrix block, a block; matrix: (tokens of the result, tokens of `block`)."""
+    first = tl.dot(matrix, block[0], total[0], input_precision="ieee")
+    if len(block) == 1:
+        return (first,)
+    else:
+        return first, tl.dot(matrix, block[1], total[1], input_precision="ieee")
+
+
+@triton.jit
+def scale_block(block, factor):
+    """block factor, where the factor is (tokens, 1) or a number."""
+    if len(block) == 1:
+        return (block[0] * factor,)
+    else:
+        return block[0] * factor, block[1] * factor
+
+
+@triton.jit
+def inner_products(a, b, total=None):
+    """a b^T, of every token of one block with every token of the other; added to `total`, if there is one."""
+    total = tl.dot(a[0], tl.trans(b[0]), total, input_precision="ieee")
+    if len(a) == 2:
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _load_queries(
+    qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr
+):
     """What backward needs of a block of queries: q, do, lse and delta = sum(do o)."""
-    do = load_block(do_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
-    o = load_block(o_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), axis=1)
+    do = load_block(do_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    o = load_block(o_ptr, 0, 1, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    delta = tl.sum(do[0].to(tl.float32) * o[0].to(tl.float32), axis=1)
+    if len(do) == 2:
+        delta += tl.sum(do[1].to(tl.float32) * o[1].to(tl.float32), axis=1)
     lse = tl.load(lse_ptr + _head(H) * T + queries, mask=queries < T, other=0.0)
-    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
+    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
     return q, do, lse, delta
 
 
 @triton.jit
 def _probabilities(q, k, lse, keys, T, scale):
     """P of a block of queries and keys; 0 for keys beyond T."""
-    S = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+    S = inner_products(q, k) * (scale * LOG2_E)
     return tl.where(keys[None, :] < T, tl.exp2(S - lse[:, None]), 0.0)
 
 
 @triton.jit
-def _score_gradient(P, do, v, delta, scale):
-    """The gradient of q k^T, in the dtype that a product takes."""
-    dP = tl.dot(do, tl.trans(v), input_precision="ieee")
-    return (P * (dP - delta[:, None]) * scale).to(v.dtype)
+def _score_gradient(P, do, v, delta):
+    """P (do v^T - delta), the gradient of the scores, in the dtype that a product takes."""
+    dP = inner_products(do, v)
+    return (P * (dP - delta[:, None])).to(v[0].dtype)
 
 
 @triton.jit
@@ -92,26 +169,28 @@ def _attention_fwd_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TURN_T: tl.constexpr,
 ):
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D)
+    scale *= LOG2_E
+    q = load_block(qkv_ptr, 0, 3, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
     row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
     normaliser = tl.zeros((BLOCK_T,), tl.float32)
-    o = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, T, BLOCK_T):
-        keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        S = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-        S = tl.where(keys[None, :] < T, S, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(S, axis=1))
+    o = zero_block(BLOCK_T, BLOCK_D, REST_D)
+    for first in range(0, T, TURN_T):
+        keys = first + tl.arange(0, TURN_T)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+        S = tl.where(keys[None, :] < T, inner_products(q, k), float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(S, axis=1) * scale)
         shrink = tl.exp2(row_max - new_max)
-        P = tl.exp2(S - new_max[:, None])
+        P = tl.exp2(S * scale - new_max[:, None])
         normaliser = normaliser * shrink + tl.sum(P, axis=1)
-        o = o * shrink[:, None] + tl.dot(P.to(v.dtype), v, input_precision="ieee")
+        o = multiply_add(P.to(v[0].dtype), v, scale_block(o, shrink[:, None]))
         row_max = new_max
-    store_block(o_ptr, 0, 1, o * (1.0 / normaliser)[:, None], queries, T, H, HEAD_DIM, BLOCK_D)
+    store_block(o_ptr, 0, 1, scale_block(o, (1.0 / normaliser)[:, None]), queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
     lse_offs = _head(H) * T + queries
     tl.store(lse_ptr + lse_offs, row_max + tl.log2(normaliser), mask=queries < T)
 
@@ -128,20 +207,23 @@ def _attention_bwd_few_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TURN_T: tl.constexpr,
 ):
     """dq, dk and dv of all T <= BLOCK_T tokens of one head."""
     tokens = tl.arange(0, BLOCK_T)
-    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, tokens, T, H, HEAD_DIM, BLOCK_D)
-    k = load_block(qkv_ptr, 1, 3, tokens, T, H, HEAD_DIM, BLOCK_D)
-    v = load_block(qkv_ptr, 2, 3, tokens, T, H, HEAD_DIM, BLOCK_D)
+    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    k = load_block(qkv_ptr, 1, 3, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    v = load_block(qkv_ptr, 2, 3, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
     P = _probabilities(q, k, lse, tokens, T, scale)
-    dv = tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
-    store_block(dqkv_ptr, 2, 3, dv, tokens, T, H, HEAD_DIM, BLOCK_D)
-    dS = _score_gradient(P, do, v, delta, scale)
-    dk = tl.dot(tl.trans(dS), q, input_precision="ieee")
-    store_block(dqkv_ptr, 1, 3, dk, tokens, T, H, HEAD_DIM, BLOCK_D)
-    store_block(dqkv_ptr, 0, 3, tl.dot(dS, k, input_precision="ieee"), tokens, T, H, HEAD_DIM, BLOCK_D)
+    dv = multiply_add(tl.trans(P.to(do[0].dtype)), do, zero_block(BLOCK_T, BLOCK_D, REST_D))
+    store_block(dqkv_ptr, 2, 3, dv, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    dS = _score_gradient(P * scale, do, v, delta)
+    dk = multiply_add(tl.trans(dS), q, zero_block(BLOCK_T, BLOCK_D, REST_D))
+    store_block(dqkv_ptr, 1, 3, dk, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    dq = multiply_add(dS, k, zero_block(BLOCK_T, BLOCK_D, REST_D))
+    store_block(dqkv_ptr, 0, 3, dq, tokens, T, H, HEAD_DIM, BLOCK_D, REST_D)
 
 
 @triton.jit
@@ -156,22 +238,25 @@ def _attention_bwd_kv_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TURN_T: tl.constexpr,
 ):
     """dk and dv of a block of keys."""
     keys = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-    v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-    dk = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, T, BLOCK_T):
-        queries = first + tl.arange(0, BLOCK_T)
-        q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
+    k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    dk = zero_block(BLOCK_T, BLOCK_D, REST_D)
+    dv = zero_block(BLOCK_T, BLOCK_D, REST_D)
+    for first in range(0, T, TURN_T):
+        queries = first + tl.arange(0, TURN_T)
+        q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
         P = _probabilities(q, k, lse, keys, T, scale)
-        dv += tl.dot(tl.trans(P.to(do.dtype)), do, input_precision="ieee")
-        dk += tl.dot(tl.trans(_score_gradient(P, do, v, delta, scale)), q, input_precision="ieee")
-    store_block(dqkv_ptr, 1, 3, dk, keys, T, H, HEAD_DIM, BLOCK_D)
-    store_block(dqkv_ptr, 2, 3, dv, keys, T, H, HEAD_DIM, BLOCK_D)
+        dv = multiply_add(tl.trans(P.to(do[0].dtype)), do, dv)
+        # scaled here: dk at the end would spill (float32 on sm_100, by Triton 3.6)
+        dk = multiply_add(tl.trans(_score_gradient(P * scale, do, v, delta)), q, dk)
+    store_block(dqkv_ptr, 2, 3, dv, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    store_block(dqkv_ptr, 1, 3, dk, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
 
 
 @triton.jit
@@ -186,19 +271,21 @@ def _attention_bwd_q_kernel(
     scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    REST_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    TURN_T: tl.constexpr,
 ):
     """dq of a block of queries."""
     queries = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D)
-    dq = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, T, BLOCK_T):
-        keys = first + tl.arange(0, BLOCK_T)
-        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D)
-        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D)
+    q, do, lse, delta = _load_queries(qkv_ptr, o_ptr, lse_ptr, do_ptr, queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
+    dq = zero_block(BLOCK_T, BLOCK_D, REST_D)
+    for first in range(0, T, TURN_T):
+        keys = first + tl.arange(0, TURN_T)
+        k = load_block(qkv_ptr, 1, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
+        v = load_block(qkv_ptr, 2, 3, keys, T, H, HEAD_DIM, BLOCK_D, REST_D)
         P = _probabilities(q, k, lse, keys, T, scale)
-        dq += tl.dot(_score_gradient(P, do, v, delta, scale), k, input_precision="ieee")
-    store_block(dqkv_ptr, 0, 3, dq, queries, T, H, HEAD_DIM, BLOCK_D)
+        dq = multiply_add(_score_gradient(P, do, v, delta), k, dq)
+    store_block(dqkv_ptr, 0, 3, scale_block(dq, scale), queries, T, H, HEAD_DIM, BLOCK_D, REST_D)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,10 +307,7 @@ def _launch_attention_fwd(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
             num_heads,
             head_dim**-0.5,
             HEAD_DIM=head_dim,
-            BLOCK_D=launch.block_d,
-            BLOCK_T=launch.block_t,
-            num_warps=launch.num_warps,
-            num_stages=ATTENTION_STAGES,
+            **launch.options(),
         )
     return o, lse
 
@@ -236,10 +320,12 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
         head_dim = qkv.shape[2] // (3 * num_heads)
         check_grid("attention", "samples", B)
         launch = attention_bwd_launch(T, head_dim, qkv.dtype)
-        num_blocks = triton.cdiv(T, launch.block_t)
-        many = (_attention_bwd_kv_kernel, _attention_bwd_q_kernel)
-        for kernel in (_attention_bwd_few_kernel,) if num_blocks == 1 else many:
-            kernel[(num_blocks, num_heads, B)](
+        launches = [(_attention_bwd_few_kernel, launch)]
+        if launch.block_t < T:
+            queries_launch = attention_bwd_queries_launch(T, head_dim, qkv.dtype)
+            launches = [(_attention_bwd_kv_kernel, launch), (_attention_bwd_q_kernel, queries_launch)]
+        for kernel, launch in launches:
+            kernel[(triton.cdiv(T, launch.block_t), num_heads, B)](
                 qkv,
                 o,
                 lse,
@@ -249,10 +335,7 @@ def _launch_attention_bwd(qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, num_h
                 num_heads,
                 head_dim**-0.5,
                 HEAD_DIM=head_dim,
-                BLOCK_D=launch.block_d,
-                BLOCK_T=launch.block_t,
-                num_warps=launch.num_warps,
-                num_stages=ATTENTION_STAGES,
+                **launch.options(),
             )
     return dqkv
 

@@ -19,6 +19,8 @@ FEW_TOKENS = 64
 # Turns of attention under way at once: the loads of the next one wait.
 ATTENTION_STAGES = 1
 MAX_HEAD_DIM = 128
+# The widest head of which the tiles of attention fit the registers of four warps: 64 + 16.
+NARROW = 80
 
 
 def norm_warps(D: int) -> int:
@@ -34,11 +36,24 @@ def num_slabs(B: int, T: int) -> int:
 
 
 class AttentionLaunch(NamedTuple):
-    """Queries of a program, which are also the keys per turn; the padded width of a head; warps."""
+    """Tokens that a program owns, and of those it walks how many per turn; the widths of a head's parts; warps."""
 
     block_t: int
+    turn_t: int
     block_d: int
+    rest_d: int
     num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """Return what a kernel of attention is launched with."""
+        return {
+            "BLOCK_T": self.block_t,
+            "TURN_T": self.turn_t,
+            "BLOCK_D": self.block_d,
+            "REST_D": self.rest_d,
+            "num_warps": self.num_warps,
+            "num_stages": ATTENTION_STAGES,
+        }
 
 
 def attention_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
@@ -48,41 +63,49 @@ def attention_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaun
     no tensor cores (TF32 would round as coarsely as half precision), and its unrolled products fill the registers of
     eight warps.
     """
-    block_d = _padded(head_dim)
     if dtype == torch.float32:
-        return AttentionLaunch(min(_padded(T), 32 if block_d <= 64 else 16), block_d, 8)
-    return AttentionLaunch(min(_padded(T), FEW_TOKENS), block_d, 4)
+        tokens, num_warps = min(_padded(T), 32 if head_dim <= NARROW else 16), 8
+    else:
+        tokens, num_warps = min(_padded(T), FEW_TOKENS), 4
+    return AttentionLaunch(tokens, tokens, *head_widths(head_dim), num_warps)
 
 
 def attention_bwd_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
-    """Return the launch of attention backward, which holds more: wide heads need the registers of eight warps."""
+    """Return the launch of attention backward, but for dq of many tokens: wide heads take eight warps."""
     launch = attention_launch(T, head_dim, dtype)
     if dtype == torch.float32:
-        launch = launch._replace(block_t=16, num_warps=4)
-    return launch._replace(num_warps=8) if launch.block_d > 64 and launch.block_t < T else launch
+        launch = launch._replace(block_t=16, turn_t=16, num_warps=4)
+    return launch._replace(num_warps=8) if head_dim > NARROW and launch.block_t < T else launch
 
 
-class AttentionDifferenceLaunch(NamedTuple):
-    """Queries of a program; keys per turn; the padded width of a head; warps."""
-
-    block_q: int
-    block_k: int
-    block_d: int
-    num_warps: int
+def attention_bwd_queries_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
+    """Return the launch of the dq of many tokens: of heads in two parts fewer keys per turn fit four warps."""
+    launch = attention_bwd_launch(T, head_dim, dtype)
+    in_parts = launch.rest_d > 0 and dtype != torch.float32
+    return launch._replace(turn_t=32) if in_parts and launch.num_warps == 4 else launch
 
 
-def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionDifferenceLaunch:
-    """Return the launch of the difference of attention: up to FEW_TOKENS tokens of narrow heads are one block.
+def attention_difference_launch(T: int, head_dim: int, dtype: torch.dtype) -> AttentionLaunch:
+    """Return the launch of the difference of attention: up to FEW_TOKENS tokens of 64 numbers are one block.
 
     For more, few keys per turn: scores, their differences, both softmaxes and what they give are in registers at once.
     Wide heads need the registers of eight warps, and rows for each; float32 smaller blocks, as in `attention_launch`.
     """
-    block_t, block_d, num_warps = attention_launch(T, head_dim, dtype)
+    launch = attention_launch(T, head_dim, dtype)
     if dtype == torch.float32:
-        return AttentionDifferenceLaunch(min(_padded(T), 32), block_t, block_d, num_warps if block_d <= 64 else 4)
-    if block_d > 64:
-        return AttentionDifferenceLaunch(min(_padded(T), 128), min(_padded(T), 32), block_d, 8)
-    return AttentionDifferenceLaunch(block_t, block_t if T <= FEW_TOKENS else 32, block_d, num_warps)
+        launch = launch._replace(block_t=min(_padded(T), 32))
+        return launch if head_dim <= 64 else launch._replace(turn_t=16, num_warps=4)
+    if head_dim > NARROW:
+        return launch._replace(block_t=min(_padded(T), 128), turn_t=min(_padded(T), 32), num_warps=8)
+    return launch if T <= FEW_TOKENS and head_dim <= 64 else launch._replace(turn_t=min(_padded(T), 32))
+
+
+def head_widths(head_dim: int) -> tuple[int, int]:
+    """Return the widths, powers of two, of the parts that hold a head of so many numbers; 0 where one does."""
+    whole = _padded(head_dim)
+    first = max(16, whole // 2)
+    rest = _padded(head_dim - first)
+    return (first, rest) if first + rest < whole else (whole, 0)
 
 
 def attention_is_fused(T: int, head_dim: int) -> bool:

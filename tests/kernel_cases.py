@@ -179,6 +179,7 @@ SMALL = [
     *attention_cases(1, 1, 1, 8),
     *attention_cases(2, 16, 2, 16),
     *attention_cases(1, 67, 1, 20),
+    *attention_cases(2, 20, 1, 40),
     *attention_cases(1, 130, 2, 72),
     large_difference_case(2, 20, 2, 16),
     large_difference_case(1, 67, 1, 20),

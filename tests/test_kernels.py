@@ -106,6 +106,25 @@ def test_the_same_bits_again(case, interpreted):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "widths"),
+    [
+        (1, (16, 0)),
+        (16, (16, 0)),
+        (20, (32, 0)),
+        (40, (32, 16)),
+        (64, (64, 0)),
+        (72, (64, 16)),
+        (81, (64, 32)),
+        (96, (64, 32)),
+        (97, (128, 0)),
+        (128, (128, 0)),
+    ],
+)
+def test_a_head_lies_in_few_and_in_powers_of_two(head_dim, widths):
+    assert kernels.tuning.head_widths(head_dim) == widths
+
+
 @pytest.mark.parametrize("B", [1, 3])
 def test_partial_sums_over_slabs(B, interpreted, monkeypatch):
     """A small batch cuts its tokens into slabs, also where they do not divide evenly."""
