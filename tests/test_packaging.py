@@ -3,6 +3,7 @@
 import importlib.machinery
 import inspect
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,9 +224,14 @@ def test_locks_agree(lock: str, python: str):
     assert versions("runtime", python).items() <= versions(lock, python).items()
 
 
-def test_image_keeps_the_base_and_installs_by_hash():
+@pytest.fixture
+def structure() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, each with its value."""
     parser = pytest.importorskip("dockerfile_parse").DockerfileParser(str(ROOT / "Dockerfile"))
-    structure = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+    return [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+
+
+def test_image_keeps_the_base_and_installs_by_hash(structure: list[tuple[str, str]]):
     stages = [value.split()[-1] for instruction, value in structure if instruction == "FROM"]
     assert stages == ["base", "build", "test", "runtime"]
     assert structure[0][0] == "ARG"
@@ -242,6 +248,20 @@ def test_image_keeps_the_base_and_installs_by_hash():
     for _, value in structure:
         assert "<<" not in value
         assert "--link" not in value
+
+
+def test_image_works_for_any_user_and_under_torchrun(structure: list[tuple[str, str]]):
+    environments = [dict(word.split("=", 1) for word in shlex.split(value)) for key, value in structure if key == "ENV"]
+    base, runtime = environments
+    assert base["PYTHON_EXEC"] == f"{base['VIRTUAL_ENV']}/bin/python"  # torchrun is the base's
+    assert runtime == {"HOME": "/tmp", "USER": "soflow"}
+    made = structure.index(("RUN", "useradd --create-home --uid 10001 soflow && chmod 755 /home/soflow"))
+    assert structure[made - 1] == ("ARG", "SOURCE_DATE_EPOCH")
+    last = structure[-1 - [instruction for instruction, _ in reversed(structure)].index("FROM") :]
+    copied = max(i for i, (instruction, _) in enumerate(last) if instruction == "COPY")
+    assert last[copied + 1][1].startswith("chmod -R u=rwX,go=rX train.py configs launch && ")
+    assert last[copied + 1][1].endswith(" && install --directory --owner=10001 --group=10001 runs")
+    assert last[copied + 2] == ("USER", "10001")
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
