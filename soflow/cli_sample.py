@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
@@ -215,20 +216,22 @@ def _require_equal_turns(classes: Sequence[int], seeds: Sequence[int]) -> None:
 def _draw_all(task: _Task, args: argparse.Namespace, processes: "Processes") -> None:
     """Draw all images, in batches that the processes take in turn, and write them in order from the first process.
 
-    A batch holds the same images whatever the number of processes; in memory there is one of each process.
+    A batch holds the same images whatever the number of processes; in memory there are two of each process at most: a
+    turn is written while the next is drawn.
     """
     count, size, num = len(task.seeds), args.batch_size, processes.world_size
     batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
     with ExitStack() as files:
         with processes.failing_together():
             write = files.enter_context(_writing(task, args)) if processes.is_first else _write_nothing
+        writer = files.enter_context(ThreadPoolExecutor(1, thread_name_prefix="images"))
         parts: list[np.ndarray] = []
         for first in range(0, len(batches), num):
             turn = batches[first : first + num]
             with processes.failing_together():
-                # while the others already draw
-                write(parts)
+                writing = writer.submit(write, parts)
                 own = _draw(task, turn[processes.rank] if processes.rank < len(turn) else range(0), args.nfe)
+                writing.result()
             parts = processes.collect(own, [len(batch) for batch in turn])
         with processes.failing_together():
             write(parts)
