@@ -31,6 +31,16 @@ def command_parser(command: str, description: str, epilog: str | None) -> argpar
     return parser
 
 
+def add_weights(parser: argparse._ActionsContainer) -> None:
+    """Add --weights, which of a checkpoint's: ema or model."""
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "model"),
+        default="ema",
+        help="averaged weights, or those of the last step (default ema)",
+    )
+
+
 def positive(text: str) -> int:
     """Parse an integer of at least 1."""
     return natural(text, least=1)

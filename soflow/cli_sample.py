@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from soflow.arguments import Command, command_parser, file_name, numbers, positive
+from soflow.arguments import Command, add_weights, command_parser, file_name, numbers, positive
 from soflow.config import OFFICIAL_VAE, Sampler, require_calls
 
 if TYPE_CHECKING:
@@ -112,12 +112,7 @@ def _sample_parser() -> argparse.ArgumentParser:
         help="for networks of latents: folder of a diffusers AutoencoderKL, or its name on the hub "
         f"(default {OFFICIAL_VAE})",
     )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "model"),
-        default="ema",
-        help="averaged weights, or those of the last step (default ema)",
-    )
+    add_weights(parser)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU when there is one (default)"
     )

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from soflow.arguments import Command, command_parser, numbers, positive
+from soflow.arguments import Command, add_weights, command_parser, numbers, positive
 from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, is_width
 
 DONE = 0
@@ -83,12 +83,7 @@ def _export_parser() -> argparse.ArgumentParser:
     parser.add_argument("path", type=Path, metavar="PATH", help="run folder, step folder, or official .pt file")
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write; nothing may be there")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--weights",
-        choices=("ema", "model"),
-        default="ema",
-        help="averaged weights, or those of the last step (default ema)",
-    )
+    add_weights(which)
     which.add_argument(
         "--sigma-rel",
         type=_width,
