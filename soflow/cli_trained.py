@@ -1,13 +1,13 @@
 """`soflow audit` and `soflow export`: what a training left behind."""
 
 import argparse
-import math
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from soflow.arguments import Command, add_weights, command_parser, numbers, positive
-from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, is_width
+from soflow.config import WIDTHS, is_width
 
 DONE = 0
 
@@ -110,13 +110,10 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _width(text: str) -> float:
-    try:
-        width = float(text)
-    except ValueError:
-        width = math.nan
-    if not is_width(width):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}")
-    return width
+    with suppress(ValueError):
+        if is_width(width := float(text)):
+            return width
+    raise argparse.ArgumentTypeError(f"got {text!r}, expected a number {WIDTHS}")
 
 
 COMMANDS = {

@@ -18,6 +18,7 @@ MAX_FLOAT = 1e9
 # the relative width of a power-function profile of exponent 0, a plain mean, and one of exponent 10^4, the last weights
 MAX_SIGMA_REL = 12**-0.5
 MIN_SIGMA_REL = 1e-4
+WIDTHS = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}"
 # averages that an update moves, but for the one of decay or sigma_rel
 MAX_PROFILES = 7
 # of a network: what is larger overflows the sizes of tensors, or never comes to an end
@@ -309,11 +310,10 @@ class EmaConfig:
     def __post_init__(self) -> None:
         require("ema.decay", self.decay, 0 <= self.decay < 1, "from 0 to below 1")
         require("ema.every", self.every, self.every >= 1, "an integer of at least 1")
-        widths = f"from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}"
         if self.sigma_rel is not None:
-            require("ema.sigma_rel", self.sigma_rel, is_width(self.sigma_rel), f"{widths}, or null")
+            require("ema.sigma_rel", self.sigma_rel, is_width(self.sigma_rel), f"{WIDTHS}, or null")
         distinct = len(set(self.profiles)) == len(self.profiles) <= MAX_PROFILES
-        expected = f"at most {MAX_PROFILES} numbers {widths}, each once"
+        expected = f"at most {MAX_PROFILES} numbers {WIDTHS}, each once"
         require("ema.profiles", self.profiles, distinct and all(map(is_width, self.profiles)), expected)
 
 

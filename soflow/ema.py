@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from soflow.config import MAX_SIGMA_REL, MIN_SIGMA_REL, EmaConfig, is_width
+from soflow.config import WIDTHS, EmaConfig, is_width, require
 from soflow.sharding import local
 
 AnyNetwork = TypeVar("AnyNetwork", bound=nn.Module)
@@ -70,8 +70,7 @@ def power_exponent(sigma_rel: float) -> float:
     either ValueError.
     Source: arXiv:2312.02696, section 3 and appendix C.
     """
-    if not is_width(sigma_rel):
-        raise ValueError(f"sigma_rel: got {sigma_rel}, expected from {MIN_SIGMA_REL} to {MAX_SIGMA_REL:.4f}")
+    require("sigma_rel", sigma_rel, is_width(sigma_rel), WIDTHS)
     # squared and multiplied out: a cubic, whose largest root is the one with gamma >= 0
     ratio = sigma_rel**-2
     roots = np.roots([1.0, 7.0, 16.0 - ratio, 12.0 - ratio])
