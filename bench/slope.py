@@ -37,8 +37,8 @@ Weights = Literal["initial", "drawn"]
 
 def random_network(shape: dict[str, Any], weights: Weights, seed: int = 0) -> DiT:
     """Return a DiT of 10 classes; also the weights that training starts at zero are drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         network = build_network(**shape, in_channels=4, num_classes=10)
         assert isinstance(network, DiT)
         with torch.no_grad():

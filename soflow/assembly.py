@@ -81,6 +81,7 @@ def compile_calls(network: Network) -> None:
 
 def initial_flow(config: Config, ops: ModuleType, network: NetworkBuilder | None = None) -> SolutionFlow:
     """Return the untrained flow of a configuration, the same for the same seed, whatever was drawn before."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    # no device's generator: to save its state would take memory of every GPU of the machine
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         return build_flow(config.network, config.flow, ops, network)

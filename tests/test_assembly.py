@@ -1,5 +1,6 @@
 """The parts of a training: the weights they begin with."""
 
+import pytest
 import tiny
 import torch
 
@@ -15,3 +16,11 @@ def test_initial_weights_are_those_of_the_seed(tmp_path):
     first, again, other = weights(3), weights(3), weights(4)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+def test_initial_weights_leave_the_gpus_of_the_machine_alone(tmp_path, monkeypatch):
+    """A process that asked each for the state of its generator would take memory of every one."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail(f"initialized GPU {device}"))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("seeded the GPUs"))
+    initial_flow(tiny.config(tmp_path), reference)
