@@ -37,6 +37,10 @@ def assemble(config: Config, processes: Processes, ops: ModuleType, network: Net
     network: builds the one that the configuration calls own.
     """
     flow = initial_flow(config, ops, network)
+    if config.data.augment_p == 0:
+        # DDP waits for the gradient of every parameter that requires one
+        for parameter in flow.network.augmentation_parameters():
+            parameter.requires_grad_(False)
     averages = configured_averages(config.ema, flow.network)
     precision = config.engine.precision
     sharded = config.engine.parallel == "fsdp" and processes.world_size > 1

@@ -72,6 +72,15 @@ def test_processes_train_the_same_model(shared, alone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("augment_p", [0, 0.5])
+def test_processes_train_the_same_unet(tmp_path, augment_p):
+    """Also where nothing reaches the weights for augmentation labels."""
+    settings = (*tiny.UNET, f"data.augment_p={augment_p}")
+    alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
+    assert_same_metrics(shared, alone, 1e-5)
+
+
+@pytest.mark.slow
 def test_the_checkpoint_of_several_processes_is_that_of_one(shared, alone):
     found, expected = (checkpoint.load(run / "checkpoints" / "step-00000010") for run in (shared, alone))
     averages = ((found.ema, expected.ema), (found.profiles[0.1], expected.profiles[0.1]))

@@ -151,6 +151,16 @@ def test_recomputed_training_has_the_same_bits(tmp_path, settings, recompute):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("settings", "labels"), [((), None), (tiny.UNET, torch.rand(12, 6)), ((*tiny.UNET, "data.augment_p=0"), None)]
+)
+def test_every_weight_that_asks_for_a_gradient_gets_one(tmp_path, settings, labels):
+    """Several processes would wait for the others."""
+    parts, source = training(tmp_path, *settings)
+    parts.step(*samples(parts, source, 0), 0, labels)
+    assert all((p.grad is None) is not p.requires_grad for p in parts.flow.parameters())
+
+
 @pytest.mark.parametrize("settings", [(), ("train.accumulation=2", "engine.precision=bf16")])
 def test_a_captured_step_trains_the_same_to_the_bit(tmp_path, monkeypatch, settings):
     """With graphs that call again what they recorded: everything that changes reaches them through their buffers."""

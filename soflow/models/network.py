@@ -31,6 +31,10 @@ class Network(nn.Module, abc.ABC):
     def bf16_modules(self) -> Iterable[nn.Module]:
         """Return the modules whose weights the precision bf16 keeps in bfloat16: those of nearly all products."""
 
+    def augmentation_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that augmentation labels alone reach: without these nothing trains them."""
+        return ()
+
     @abc.abstractmethod
     def forward(
         self,

@@ -245,6 +245,10 @@ class UNet(Network):
         """Return the blocks of both halves; embeddings, the first and the last convolution stay in float32."""
         return [module for module in (*self.enc.values(), *self.dec.values()) if isinstance(module, Block)]
 
+    def augmentation_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the weights of `map_augment`, if there are any."""
+        return () if self.map_augment is None else self.map_augment.parameters()
+
     def forward(
         self,
         x: Tensor,
