@@ -18,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = ("csrc/module.cpp", "csrc/multi_tensor.cu")
 ARCHITECTURES = (80, 90, 100)
 FLAGS = ("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+REMEDY = "install it, or set SOFLOW_BUILD_CUDA=0 to do without the CUDA extension"
 NINJA = """\
 rule compile
   command = {nvcc} {flags} {gencode} {defines} -MD -MF $out.d -c $in -o $out
@@ -34,6 +35,15 @@ def find_nvcc() -> str | None:
     if home and (found := shutil.which("nvcc", path=os.path.join(home, "bin"))):
         return found
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def find_ninja() -> str | None:
+    """Return the path of ninja, that of its Python package or one on the PATH, or None."""
+    try:
+        import ninja
+    except ModuleNotFoundError:
+        return shutil.which("ninja")
+    return os.path.join(ninja.BIN_DIR, "ninja")
 
 
 def wanted() -> bool:
@@ -72,10 +82,12 @@ class BuildCuda(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile and link `ext`."""
         try:
-            import ninja
             import pybind11
-        except ModuleNotFoundError as error:
-            sys.exit(f"error: no {error.name}: install it, or set SOFLOW_BUILD_CUDA=0 to do without the CUDA extension")
+        except ModuleNotFoundError:
+            sys.exit(f"error: no pybind11: {REMEDY}")
+        ninja = find_ninja()
+        if ninja is None:
+            sys.exit(f"error: no ninja: {REMEDY}")
         nvcc = find_nvcc()
         assert nvcc is not None
         root, output = Path(__file__).parent.resolve(), Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -94,7 +106,12 @@ class BuildCuda(build_ext):
         lines = [f"build {target}: compile {escaped(root / source)}" for source, target in objects.items()]
         lines.append(f"build {escaped(output)}: link {' '.join(objects.values())}")
         (folder / "build.ninja").write_text(rules + "\n".join(lines) + "\n", encoding="utf-8")
-        subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder)], check=True)
+        subprocess.run([ninja, "-C", str(folder)], check=True)
 
 
-setup(ext_modules=[Extension("_soflow_C", list(SOURCES))] if wanted() else [], cmdclass={"build_ext": BuildCuda})
+setup(
+    # here, because setuptools before 77 refuses the string that later ones want in pyproject.toml
+    license="MIT",
+    ext_modules=[Extension("_soflow_C", list(SOURCES))] if wanted() else [],
+    cmdclass={"build_ext": BuildCuda},
+)

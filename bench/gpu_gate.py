@@ -147,7 +147,8 @@ def last_line(output: str) -> str:
 
 def extension() -> Stage:
     """The CUDA extension, built in place where that can be, lest an old one be tested; and imported."""
-    missing = [name for name in ("setuptools", "pybind11", "ninja") if not is_installed(name)]
+    missing = [name for name in ("setuptools", "pybind11") if not is_installed(name)]
+    missing += [] if is_installed("ninja") or shutil.which("ninja") else ["ninja"]
     missing += [] if find_nvcc() else ["nvcc"]
     origin = "built"
     if not missing:

@@ -225,3 +225,12 @@ def test_an_extension_that_cannot_be_built_must_be_one(commands, monkeypatch):
     assert gpu_gate.extension() == Stage("extension", "failed", "the last line")
     monkeypatch.setattr(gpu_gate, "is_installed", lambda name: name != "_soflow_C")
     assert gpu_gate.extension() == Stage("extension", "skipped", "not installed: nvcc")
+
+
+def test_the_system_s_ninja_builds_the_extension_too(commands, monkeypatch):
+    monkeypatch.setattr(gpu_gate, "find_nvcc", lambda: "/some/nvcc")
+    monkeypatch.setattr(gpu_gate, "is_installed", lambda name: name not in ("ninja", "_soflow_C"))
+    monkeypatch.setattr(gpu_gate.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert gpu_gate.extension() == Stage("extension", "passed", "built")
+    monkeypatch.setattr(gpu_gate.shutil, "which", lambda name: None)
+    assert gpu_gate.extension() == Stage("extension", "skipped", "not installed: ninja")

@@ -116,6 +116,7 @@ def test_wheel_with_the_extension(tree: Path, tmp_path: Path):
     assert found == [str(site / f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"), soflow.__version__]
 
 
+BUILD = (sys.executable, "setup.py", "build_ext", "--inplace")
 STAND_IN = """#!/bin/sh
 case "$1" in --list-gpu-arch) echo compute_90; exit;; esac
 for word; do [ "$last" = -o ] && echo built > "$word"; last=$word; printf '%s\\n' "$word" >> "$0.words"; done
@@ -131,13 +132,32 @@ def test_extension_is_built_in_folders_with_spaces(tree: Path, tmp_path: Path):
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(STAND_IN)
     nvcc.chmod(0o755)
-    command = (sys.executable, "setup.py", "build_ext", "--inplace")
-    run(*command, cwd=checkout, SOFLOW_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path / "my cuda"))
+    run(*BUILD, cwd=checkout, SOFLOW_BUILD_CUDA="auto", CUDA_HOME=str(tmp_path / "my cuda"))
     module = checkout / f"_soflow_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
     assert module.read_text() == "built\n"
     words = nvcc.with_name("nvcc.words").read_text().splitlines()
     for word in (checkout / "csrc" / "multi_tensor.cu", f'-DSOFLOW_VERSION="{soflow.__version__}"'):
         assert str(word) in words
+
+
+def test_ninja_may_be_the_system_s(tree: Path, tmp_path: Path):
+    """One on the PATH serves where Python has no package of it; without either the error names it."""
+    pytest.importorskip("pybind11")
+    checkout, folder = tmp_path / "checkout", tmp_path / "bin"
+    shutil.copytree(tree, checkout, symlinks=True, ignore=shutil.ignore_patterns("build", "dist"))
+    (tmp_path / "ninja.py").write_text("raise ModuleNotFoundError(name='ninja')")
+    folder.mkdir()
+    (folder / "nvcc").write_text(STAND_IN)
+    (folder / "nvcc").chmod(0o755)
+    environment = {"PATH": f"{folder}:/bin", "PYTHONPATH": str(tmp_path), "SOFLOW_BUILD_CUDA": "1", "CUDA_HOME": ""}
+    if shutil.which("ninja", path="/bin") is None:
+        refused = subprocess.run(BUILD, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+        assert refused.returncode == 1
+        assert "error: no ninja: install it, or set SOFLOW_BUILD_CUDA=0" in refused.stderr
+    (folder / "ninja").write_text('#!/bin/sh\necho built > "$2/by_ninja"\n')
+    (folder / "ninja").chmod(0o755)
+    subprocess.run(BUILD, cwd=checkout, env=environment, capture_output=True, check=False)
+    assert [path.read_text() for path in checkout.glob("build/*/by_ninja")] == ["built\n"]
 
 
 def test_benches_look_for_nvcc_where_the_build_does():
