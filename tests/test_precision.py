@@ -1,6 +1,7 @@
 """The policy bf16: which weights a step computes with, and that training with them is training of the float32 ones."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -31,8 +32,8 @@ UNET = {
 }
 
 
-def random_batch() -> Batch:
-    generator = torch.Generator().manual_seed(3)
+def random_batch(seed: int = 3) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     x_0, x_1 = torch.randn(2, 8, 3, 8, 8, generator=generator)
     t, s = torch.rand(2, 8, generator=generator).sort(0, descending=True).values
     return Batch(x_0, x_1, t, middle_time(t, s, 0.002), s, None, torch.zeros(8, dtype=torch.bool), num_velocity=4)
@@ -96,6 +97,25 @@ def test_losses_and_gradients_are_those_of_float32_to_bf16_rounding(network):
     total = torch.cat([g.flatten() for g in expected.values()]).norm()
     apart = torch.cat([(gradients[name].float() - g).flatten() for name, g in expected.items()]).norm()
     assert apart < 0.03 * total
+
+
+def test_gradients_of_eight_parts_are_summed_to_the_exactness_of_one(network):
+    working, shadows = working_copy(network, "bf16")
+    exact = copy.deepcopy(network).double()
+    errors = []
+    for part in range(8):
+        batch = random_batch(part)
+        Objective()(SolutionFlow(working), batch).loss.backward()
+        wide = {name: value.double() for name, value in vars(batch).items() if name in ("x_0", "x_1", "t", "l", "s")}
+        Objective()(SolutionFlow(exact), dataclasses.replace(batch, **wide)).loss.backward()
+        pairs = [
+            (shadows[p].grad, q.grad)
+            for p, q in zip(network.parameters(), exact.parameters(), strict=True)
+            if p in shadows
+        ]
+        apart, whole = (torch.cat([g.double().flatten() for g in column]) for column in zip(*pairs, strict=True))
+        errors.append(((apart - whole).norm() / whole.norm()).item())
+    assert errors[-1] < 2 * errors[0] < 0.06
 
 
 @pytest.mark.parametrize("r", [0.1, 0.002, 0.0003125])
