@@ -41,5 +41,6 @@ def _captured(call: Callable[[], object], pool: "torch.cuda._POOL_HANDLE") -> Ca
         call()
 
     for _ in range(NUM_WARMUP):
-        on_side_stream(run, ())
+        with on_side_stream():
+            run()
     return capture(run, (), pool)

@@ -359,7 +359,7 @@ class EngineConfig:
     ] = "auto"
     cuda_graph: Annotated[
         Literal["auto", "on", "off"],
-        "the whole step as one launch; auto: on one GPU, with the CUDA extension's optimizer",
+        "the whole step as one launch, with the CUDA extension's optimizer; auto: on one GPU; on: with ddp as well",
     ] = "auto"
     compile: Annotated[bool, "torch.compile of the network: for what has no kernel of ours"] = False
     recompute: Annotated[

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from soflow.capture import CapturedCall
+from soflow.capture import NUM_WARMUP, CapturedCall, on_side_stream
 from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.draw import sample_batch, share_batch
@@ -38,6 +38,8 @@ SUMMED = (
 )
 # of ObjectiveConfig, and of every objective alike
 SHARED_FIELDS = ("cfg_scale", "cfg_decay_time", "mix_ratio", "loss_p", "loss_eps")
+# DDP times its first ten steps, and every so many after them, by events that a capture must not wait for
+DDP_WARMUP, NEVER = 11, 2**31 - 1
 
 
 class TrainingStep:
@@ -66,8 +68,12 @@ class TrainingStep:
         self.positions = tuple(position for part in self.parts for position in part.share.positions)
         self.objective = build_objective(config, ops)
         self.module: nn.Module = _Losses(flow, self.objective)
+        is_captured = choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer)
         if world_size > 1 and not is_sharded(flow.network):
-            self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+            # gradients arrive on the stream that DDP is made on: it has to be one that is captured
+            with on_side_stream() if is_captured else nullcontext():
+                self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+            self.module._set_ddp_runtime_logging_sample_rate(NEVER)
         # DDP and FSDP average over processes, whose shares may differ by a row: weigh each by its rows.
         self.loss_scales = [len(part.share) / config.train.batch_size * world_size for part in self.parts]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
@@ -82,8 +88,8 @@ class TrainingStep:
         skipped_row = [0.0] * (len(SUMMED) - 1) + [self._norm_weight]
         self._skipped_row = torch.tensor(skipped_row, dtype=torch.float64, device=self.device)
         self._train: Callable[..., None] = self._train_on
-        if choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer):
-            self._train = CapturedCall(self._train_on, optimizer.prepare)
+        if is_captured:
+            self._train = CapturedCall(self._train_on, optimizer.prepare, NUM_WARMUP if world_size == 1 else DDP_WARMUP)
 
     def __call__(
         self, mean: Tensor, std: Tensor | None, labels: Tensor, step: int, augment_labels: Tensor | None = None
@@ -95,6 +101,11 @@ class TrainingStep:
         rows = (None if tensor is None else tensor.to(self.device) for tensor in (mean, std, labels, augment_labels))
         self._train(*rows, *self.clock(step))
         self.num_summed += 1
+
+    def release(self) -> None:
+        """Let go of the captured step: NCCL waits for it when the processes part. The next step is captured again."""
+        if isinstance(self._train, CapturedCall):
+            self._train.release()
 
     def clock(self, step: int) -> tuple[Tensor, Tensor]:
         """Return what changes from step to step, on the device: its number, int64, and the gap ratio r, fp32."""
@@ -239,17 +250,18 @@ def build_objective(config: Config, ops: ModuleType) -> GuidedObjective:
 def choose_capture(
     cuda_graph: Literal["auto", "on", "off"], device: torch.device, world_size: int, optimizer: Optimizer
 ) -> bool:
-    """Return whether a step is captured as a CUDA graph; ValueError where `on` asks for what cannot be."""
+    """Return whether a step is captured as a CUDA graph; ValueError where `on` asks for what cannot be.
+
+    auto leaves several processes uncaptured.
+    """
     obstacle = None
     if device.type != "cuda":
         obstacle = "the run is not on a GPU"
-    elif world_size > 1:
-        obstacle = "several processes exchange gradients, which is not captured yet"
     elif optimizer.backend != "fused":
         obstacle = f"the optimizer's backend {optimizer.backend} counts its steps on the host"
     if cuda_graph == "on" and obstacle is not None:
         raise ValueError(f"engine.cuda_graph: got 'on', expected 'auto' or 'off', because {obstacle}")
-    return cuda_graph != "off" and obstacle is None
+    return obstacle is None and (cuda_graph == "on" or (cuda_graph == "auto" and world_size == 1))
 
 
 def gap_ratio_at(config: Config, step: int) -> float:

@@ -107,6 +107,7 @@ class Trainer:
         config = self.config
         last = config.train.total_steps if until is None else min(until, config.train.total_steps)
         with ExitStack() as stack:
+            stack.callback(self.step.release)
             self._on_first(lambda: stack.enter_context(self.folder.locked(print)))
             self._on_first(lambda: self.folder.claim(config, self._newest))
             try:

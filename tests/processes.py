@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import tiny
 
 from soflow.config_file import dump_config
@@ -19,6 +20,20 @@ ENVIRONMENT = {
     # a restart finds the store of the last one otherwise, in two of three tries
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
+# of a training of 20 steps that shows all that several processes must agree on
+SETTINGS = (
+    "train.total_steps=20",
+    "train.batch_size=24",
+    "train.log_every=1",
+    "train.checkpoint_every=10",
+    "network.depth=2",
+    "optim.clip_norm=0.5",
+    "optim.warmup_steps=4",
+    "optim.schedule=cosine",
+    "ema.profiles=[0.1]",
+)
+# what differs between two runs of one training; everything else may not
+TIMINGS = {"time/step_s", "time/data", "throughput/images_per_s", "throughput/mfu", "memory/peak_gib"}
 
 
 def recipe(output_dir: Path, *overrides: str) -> Path:
@@ -58,6 +73,23 @@ def finish(process: subprocess.Popen[str], timeout: float = 120) -> tuple[int, s
     finally:
         process.kill()
     return process.returncode, output
+
+
+def train(folder: Path, num: int, *overrides: str) -> Path:
+    """The run folder of a training with SETTINGS by `num` processes."""
+    ends = [finish(process) for process in ranks(num, "train.py", str(recipe(folder, *SETTINGS, *overrides)))]
+    assert [code for code, _ in ends] == [0] * num, ends
+    return folder / "tiny"
+
+
+def assert_same_metrics(run: Path, expected: Path, tolerance: float) -> None:
+    """Every step of both trainings with SETTINGS says the same, but for what it took."""
+    ours, theirs = metrics(run), metrics(expected)
+    assert [line["step"] for line in ours] == list(range(1, 21))
+    for line, other in zip(ours, theirs, strict=True):
+        assert line.keys() == other.keys()
+        for key in other.keys() - TIMINGS:
+            assert line[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (line["step"], key)
 
 
 def metrics(run: Path) -> list[dict]:

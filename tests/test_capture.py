@@ -1,6 +1,6 @@
 """Capture, with graphs that call again what they recorded: all of it but CUDA."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,9 +15,10 @@ def pretended_graphs(monkeypatch):
     """Replay is another call on the same buffers; the recording itself makes none. Returns what happened, in order."""
     events = []
 
-    def on_side_stream(call, inputs):
+    @contextmanager
+    def on_side_stream():
         events.append("eager")
-        call(*inputs)
+        yield
 
     def record(call, inputs):
         events.append("capture")
@@ -33,17 +34,19 @@ def pretended_graphs(monkeypatch):
     return events
 
 
-def test_only_this_thread_is_kept_from_waiting_for_the_device(monkeypatch):
-    modes = []
+def test_capture_is_of_this_thread_alone_and_on_the_stream_of_the_warm_up(monkeypatch):
+    graphs = []
 
-    def graph(graph: object, pool: object, capture_error_mode: str) -> nullcontext[None]:
-        modes.append(capture_error_mode)
+    def graph(graph: object, pool: object, stream: object, capture_error_mode: str) -> nullcontext[None]:
+        graphs.append((stream, capture_error_mode))
         return nullcontext()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
     monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(capture, "_side_stream", lambda device: f"side stream of {device}")
     capture.capture(lambda: None, ())
-    assert modes == ["thread_local"]
+    assert graphs == [("side stream of 3", "thread_local")]
 
 
 def test_warm_up_then_one_capture_then_replays_on_new_numbers(pretended_graphs):
@@ -54,6 +57,17 @@ def test_warm_up_then_one_capture_then_replays_on_new_numbers(pretended_graphs):
     assert [x.tolist() for x, _ in seen] == [[float(value)] * 2 for value in range(6)]
     assert pretended_graphs == ["eager"] * NUM_WARMUP + ["capture"] + ["replay"] * (6 - NUM_WARMUP)
     assert prepared == [3, 4, 5]
+
+
+def test_released_it_captures_again_without_warm_up(pretended_graphs):
+    seen = []
+    call = CapturedCall(lambda x: seen.append(x.tolist()), lambda: None, num_warmup=1)
+    for shape in (2, 2, 2, 3, 3):
+        if len(seen) == 3:
+            call.release()
+        call(torch.full((shape,), float(len(seen))))
+    assert seen == [[0.0] * 2, [1.0] * 2, [2.0] * 2, [3.0] * 3, [4.0] * 3]
+    assert pretended_graphs == ["eager", "capture", "replay", "replay", "capture", "replay", "replay"]
 
 
 @pytest.mark.parametrize(

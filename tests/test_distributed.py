@@ -7,41 +7,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from processes import finish, metrics, ranks, recipe, torchrun
+from processes import SETTINGS, assert_same_metrics, finish, recipe, torchrun, train
 
 from soflow import checkpoint
 from soflow.distributed import Ballot, Processes, is_peer_failure, join_processes, resolve_device
 from soflow.trainer import Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-SETTINGS = (
-    "train.total_steps=20",
-    "train.batch_size=24",
-    "train.log_every=1",
-    "train.checkpoint_every=10",
-    "network.depth=2",
-    "optim.clip_norm=0.5",
-    "optim.warmup_steps=4",
-    "optim.schedule=cosine",
-    "ema.profiles=[0.1]",
-)
-TIMINGS = {"time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib"}
-
-
-def train(folder: Path, num: int, *overrides: str) -> Path:
-    """The run folder of a training by `num` processes."""
-    ends = [finish(process) for process in ranks(num, "train.py", str(recipe(folder, *SETTINGS, *overrides)))]
-    assert [code for code, _ in ends] == [0] * num, ends
-    return folder / "tiny"
-
-
-def assert_same_metrics(run: Path, expected: Path, tolerance: float) -> None:
-    ours, theirs = metrics(run), metrics(expected)
-    assert [line["step"] for line in ours] == list(range(1, 21))
-    for line, other in zip(ours, theirs, strict=True):
-        assert line.keys() == other.keys()
-        for key in other.keys() - TIMINGS:
-            assert line[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), (line["step"], key)
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +44,6 @@ def test_processes_train_the_same_model(shared, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("augment_p", [0, 0.5])
-def test_processes_train_the_same_unet(tmp_path, augment_p):
-    """Also where nothing reaches the weights for augmentation labels."""
-    settings = (*tiny.UNET, f"data.augment_p={augment_p}")
-    alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
-    assert_same_metrics(shared, alone, 1e-5)
-
-
-@pytest.mark.slow
 def test_the_checkpoint_of_several_processes_is_that_of_one(shared, alone):
     found, expected = (checkpoint.load(run / "checkpoints" / "step-00000010") for run in (shared, alone))
     averages = ((found.ema, expected.ema), (found.profiles[0.1], expected.profiles[0.1]))
@@ -104,6 +67,15 @@ def test_a_run_continues_with_other_processes(tmp_path, alone, before, after):
     shutil.rmtree(run / "checkpoints" / "step-00000020")
     train(tmp_path, after[0], f"engine.parallel={after[1]}")
     assert_same_metrics(run, alone, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("augment_p", [0, 0.5])
+def test_processes_train_the_same_unet(tmp_path, augment_p):
+    """Also where nothing reaches the weights for augmentation labels."""
+    settings = (*tiny.UNET, f"data.augment_p={augment_p}")
+    alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
+    assert_same_metrics(shared, alone, 1e-5)
 
 
 @pytest.mark.slow

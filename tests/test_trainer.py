@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import tiny
 import tiny_vae
 import torch
 from PIL import Image
+from processes import TIMINGS
 
 from soflow import checkpoint
 from soflow.audit import audit
@@ -33,8 +35,6 @@ from soflow.trainer import DivergedError, Trainer, configure_torch
 from soflow.vae import VaeError, load_vae
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-# timings differ between runs, everything else may not
-TIMINGS = ("time/step_s", "time/data", "throughput/images_per_s", "memory/peak_gib")
 
 
 def train(config: Config, until: int | None = None) -> Trainer:
@@ -400,6 +400,19 @@ def test_divergence_stops_with_a_diagnosis_and_writes_no_checkpoint(tmp_path):
     with pytest.raises(DivergedError, match=r"step 3: .*loss/total"):
         trainer.fit()
     assert checkpoint.newest(trainer.folder.checkpoints) is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_captured_step_is_let_go_when_a_training_ends(tmp_path, monkeypatch, fails):
+    """Processes could not part otherwise."""
+    trainer = Trainer(tiny.config(tmp_path, "train.total_steps=2"), ALONE)
+    ends = []
+    monkeypatch.setattr(trainer.step, "release", lambda: ends.append(trainer.finished))
+    if fails:
+        monkeypatch.setattr(trainer.feeder, "seek", lambda step: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        trainer.fit()
+    assert ends == [0 if fails else 2]
 
 
 def test_a_save_between_two_lines_of_the_log_refuses_a_loss_that_is_not_finite(tmp_path):

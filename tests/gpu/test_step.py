@@ -7,20 +7,22 @@ pytest.importorskip("ruamel.yaml")
 
 import tiny
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from soflow.assembly import Training, assemble, training_ops
 from soflow.capture import NUM_WARMUP, CapturedCall
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.kernels.multi_tensor import is_built
+from soflow.step import DDP_WARMUP
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="needs the CUDA extension")
 GPU = torch.device("cuda", 0)
 
 
-def training(folder, *settings) -> tuple[Training, object]:
+def training(folder, *settings, num_processes: int = 1) -> tuple[Training, object]:
     config = tiny.config(folder, "engine.device=cuda", *settings)
-    return assemble(config, Processes(0, 1, GPU), training_ops(config, GPU)), open_source(config.data)
+    return assemble(config, Processes(0, num_processes, GPU), training_ops(config, GPU)), open_source(config.data)
 
 
 def samples(parts: Training, source, step: int):
@@ -43,8 +45,33 @@ SETTINGS = [
 def test_a_captured_step_trains_the_same_to_the_bit(tmp_path, settings):
     eager, source = training(tmp_path / "eager", "engine.cuda_graph=off", *settings)
     captured, _ = training(tmp_path / "captured", "engine.cuda_graph=on", *settings)
+    assert_same_training(captured, eager, source, NUM_WARMUP + 5)
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """NCCL's group of this process alone, whose exchanges are those of the first of two."""
+    torch.cuda.set_device(GPU)
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("nccl", init_method=store, rank=0, world_size=1, device_id=GPU)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_captured_step_with_ddp_trains_the_same_to_the_bit(tmp_path, settings, group_of_one):
+    eager, source = training(tmp_path / "eager", "engine.cuda_graph=off", *settings, num_processes=2)
+    captured, _ = training(tmp_path / "captured", "engine.cuda_graph=on", *settings, num_processes=2)
+    assert isinstance(captured.step.module, DistributedDataParallel)
+    try:
+        assert_same_training(captured, eager, source, DDP_WARMUP + 5)
+    finally:
+        captured.step.release()  # or the group would wait for it for ever
+
+
+def assert_same_training(captured: Training, eager: Training, source, num_steps: int) -> None:
     assert isinstance(captured.step._train, CapturedCall)
-    for number in range(NUM_WARMUP + 5):
+    for number in range(num_steps):
         for parts in (eager, captured):
             parts.step(*samples(parts, source, number), number)
     torch.cuda.synchronize()
