@@ -1,7 +1,9 @@
 """The processes of a run, as torchrun starts them: who this one is, sums over all of them, and common decisions."""
 
+import atexit
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ T = TypeVar("T")
 
 # what a process may need to leave after an error, which peers that hang could make forever
 LEAVING_S = 10.0
+# for gloo's threads to let go of the last exchange: Python aborts, where it ends, on one that waits for it to drop a
+# tensor (pytorch/pytorch#190489)
+SETTLING_S = 0.2
 # NCCL ends the process without a word of ours: it must not be the first to lose patience
 NCCL_PATIENCE = 2.0
 
@@ -173,6 +178,7 @@ def join_processes(device_name: str, timeout_s: float) -> Iterator[Processes]:
         dist.init_process_group("nccl", timeout=NCCL_PATIENCE * patience, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=patience)
+    atexit.register(time.sleep, SETTLING_S)
     try:
         hosts = dist.new_group(backend="gloo", timeout=patience)
         yield Processes(dist.get_rank(), world_size, device, hosts)

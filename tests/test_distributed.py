@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from processes import SETTINGS, assert_same_metrics, finish, recipe, torchrun, train
+from processes import SETTINGS, assert_same_metrics, finish, ranks, recipe, torchrun, train
 
 from soflow import checkpoint
 from soflow.distributed import Ballot, Processes, is_peer_failure, join_processes, resolve_device
@@ -109,6 +109,29 @@ def test_error_of_the_first_process_ends_all(tmp_path):
     code, output = finish(torchrun(2, "train.py", str(recipe(tmp_path / "recipe")), f"output_dir={tmp_path}"))
     assert code != 0
     assert output.count("without config.yaml") == 2
+
+
+# An exchange ends while the first process, on its way out, keeps the interpreter to itself; what torch registers to be
+# called at the end would give it away.
+LATE_EXCHANGE = """
+import atexit, ctypes, time
+import torch
+from soflow.distributed import join_processes
+
+atexit._clear()
+with join_processes("cpu", 60) as processes:
+    time.sleep(0.5 * processes.rank)
+    torch.distributed.all_reduce(torch.ones(3), async_op=True, group=processes.hosts)
+    time.sleep(0.5 * processes.rank)
+if processes.is_first:
+    atexit.register(ctypes.PyDLL(None).sleep, 2)
+"""
+
+
+@pytest.mark.slow
+def test_an_exchange_that_ends_last_does_not_abort_the_process():
+    ends = [finish(process) for process in ranks(2, "-c", LATE_EXCHANGE)]
+    assert [code for code, _ in ends] == [0, 0], ends
 
 
 def test_alone_needs_no_process_group():
