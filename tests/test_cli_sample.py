@@ -150,8 +150,16 @@ def test_images_are_written_batch_by_batch(run, tmp_path, monkeypatch):
         assert (call - 1) * batch - 8192 <= size <= call * batch + 8192
 
 
+@pytest.fixture
+def python_s_interrupt():
+    """SIGINT as in the foreground: a shell starts what runs in the background with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_leaves_the_old_file(run, tmp_path, capsys, monkeypatch, signum):
+def test_an_interruption_leaves_the_old_file(run, tmp_path, capsys, monkeypatch, python_s_interrupt, signum):
     npz = tmp_path / "a.npz"
     npz.write_bytes(b"old")
     handler = signal.getsignal(signum)
