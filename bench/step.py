@@ -106,6 +106,8 @@ def warm(make: Callable[[], Variant], device: torch.device) -> Variant:
 def free() -> None:
     """Give back what a variant that is gone held."""
     gc.collect()
+    # what is compiled belongs to the code, not to a network: the next one would find the cache full, and run uncompiled
+    torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -210,15 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cpu":
         torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # else it goes on uncompiled, with a warning
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     batch_size = options.batch or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
     rows = []
     for model in options.model or (GPU_MODELS if device.type == "cuda" else ("small",)):
         check_losses(model, device)
         by = measure_in_line if device.type == "cuda" else measure_by_turns
         rows += by(model, batch_size, device, options.rounds)
+        # after every model: what is cut off keeps what it has measured
+        if options.json is not None:
+            options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

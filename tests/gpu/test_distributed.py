@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("msgspec")
 pytest.importorskip("ruamel.yaml")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
 
 import torch
 from processes import assert_same_metrics, train

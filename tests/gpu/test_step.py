@@ -4,6 +4,8 @@ import pytest
 
 pytest.importorskip("msgspec")
 pytest.importorskip("ruamel.yaml")
+pytest.importorskip("safetensors")
+pytest.importorskip("PIL")
 
 import tiny
 import torch
