@@ -103,7 +103,7 @@ def _tiles(x: Tensor) -> tuple[int, int, tuple[int, int]]:
 
 
 def _launch_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
-    x = x.contiguous()
+    x, bias = x.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
     M, D, grid = _tiles(x)
     if M:
@@ -112,7 +112,7 @@ def _launch_gelu_fwd(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _launch_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy = x.contiguous(), dy.contiguous()
+    x, bias, dy = x.contiguous(), bias.contiguous(), dy.contiguous()
     dx = torch.empty_like(x)
     M, D, (_, num_blocks) = _tiles(x)
     num_slabs = triton.cdiv(M, SLAB_ROWS)
@@ -125,7 +125,7 @@ def _launch_gelu_bwd(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 
 
 def _launch_gelu_difference(x: Tensor, dx: Tensor, bias: Tensor) -> Tensor:
-    x, dx = x.contiguous(), dx.contiguous()
+    x, dx, bias = x.contiguous(), dx.contiguous(), bias.contiguous()
     dy = torch.empty_like(x)
     M, D, grid = _tiles(x)
     if M:
@@ -160,7 +160,7 @@ def _launch_silu_difference(x: Tensor, dx: Tensor) -> Tensor:
 def _gelu_bwd_cpu(x: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     dx = torch.ops.aten.gelu_backward(dy.to(wide), x.to(wide) + bias.to(wide), approximate="tanh")
-    return dx.to(x.dtype), dx.flatten(0, -2).sum(0).to(bias.dtype)
+    return dx.to(x.dtype), dx.reshape(-1, dx.shape[-1]).sum(0).to(bias.dtype)
 
 
 _gelu_fwd = register(
@@ -173,7 +173,7 @@ _gelu_bwd = register(
     "gelu_bwd(Tensor x, Tensor bias, Tensor dy) -> (Tensor, Tensor)",
     _launch_gelu_bwd,
     _gelu_bwd_cpu,
-    lambda x, bias, dy: (x.new_empty(x.shape), torch.empty_like(bias)),
+    lambda x, bias, dy: (x.new_empty(x.shape), bias.new_empty(bias.shape)),
 )
 _gelu_difference = register(
     "gelu_difference(Tensor x, Tensor dx, Tensor bias) -> Tensor",

@@ -22,7 +22,8 @@ def _norm_difference(x, dx, factor, dshift, dscale, mask, D: tl.constexpr, eps):
     dc = tl.where(mask, dx - tl.sum(dx, axis=0) * (1.0 / D), 0.0)
     var = tl.sum(xc * xc, axis=0) * (1.0 / D) + eps
     dvar = tl.sum(dc * (2.0 * xc + dc), axis=0) * (1.0 / D)
-    rstd, moved_rstd = tl.rsqrt(var), tl.rsqrt(var + dvar)
+    # the moved variance is at least 0, and eps of it; rounding can say less of a row that moves to a constant one
+    rstd, moved_rstd = tl.rsqrt(var), tl.rsqrt(tl.maximum(var + dvar, eps))
     # 1 / std - 1 / moved_std = dvar / (std moved_std (std + moved_std))
     product = rstd * moved_rstd
     dnormed = dc * moved_rstd - xc * (dvar * product * product / (rstd + moved_rstd))

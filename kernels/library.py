@@ -19,10 +19,20 @@ def register(
     name = schema.partition("(")[0]
     library.define(schema)
     library.impl(name, on_its_device(launch), "CUDA")
-    library.impl(name, cpu, "CPU")
+    library.impl(name, _with_dense_results(cpu), "CPU")
     torch.library.register_fake(f"soflow::{name}", fake, lib=library)
     op: Callable[..., Any] = getattr(torch.ops.soflow, name).default
     return op
+
+
+def _with_dense_results(cpu: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `cpu` with dense results, as launchers and shapes for tracing have them, whatever its arguments are."""
+
+    def run(*arguments: Any) -> Any:
+        out = cpu(*arguments)
+        return tuple(x.contiguous() for x in out) if isinstance(out, tuple) else out.contiguous()
+
+    return run
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:

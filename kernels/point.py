@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from soflow.kernels import reference
-from soflow.kernels.library import INTEGERS, check, check_dimensions, register
+from soflow.kernels.library import INTEGERS, check, check_dimensions, check_grid, register
 from soflow.kernels.math import cos_sin_turns
 from soflow.kernels.reference import NOISE_STREAM, POSTERIOR_STREAM
 
@@ -150,10 +150,16 @@ def _row_keys(seed: Tensor, step: Tensor, sample: Tensor) -> tuple[Tensor, Tenso
     return keys[0].contiguous(), keys[1].contiguous(), keys[2].contiguous()
 
 
+def _grid(op: str, rows: int, num: int, block: int) -> tuple[int, int]:
+    num_blocks = triton.cdiv(num, block)
+    check_grid(op, "blocks of a row", num_blocks)
+    return rows, num_blocks
+
+
 def _launch_uniform(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num: int) -> Tensor:
     out = torch.empty((len(sample), num), device=sample.device, dtype=torch.float32)
     if out.numel():
-        grid = (len(sample), triton.cdiv(num, 4 * BLOCK_WORDS))
+        grid = _grid("uniform", len(sample), num, 4 * BLOCK_WORDS)
         _uniform_kernel[grid](*_row_keys(seed, step, sample), out, stream, num, BLOCK=BLOCK_WORDS)
     return out
 
@@ -161,7 +167,7 @@ def _launch_uniform(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num
 def _launch_normal(seed: Tensor, step: Tensor, stream: int, sample: Tensor, num: int) -> Tensor:
     out = torch.empty((len(sample), num), device=sample.device, dtype=torch.float32)
     if out.numel():
-        grid = (len(sample), triton.cdiv(num, 4 * BLOCK_WORDS))
+        grid = _grid("normal", len(sample), num, 4 * BLOCK_WORDS)
         _normal_kernel[grid](*_row_keys(seed, step, sample), out, stream, num, BLOCK=BLOCK_WORDS)
     return out
 
@@ -176,7 +182,7 @@ def _launch_draw(mean: Tensor, std: Tensor, seed: Tensor, step: Tensor, sample: 
     x_0, x_1 = _drawn(mean)
     if mean.numel():
         N = mean[0].numel()
-        _draw_kernel[(len(mean), triton.cdiv(N, 4 * BLOCK_WORDS))](
+        _draw_kernel[_grid("draw", len(mean), N, 4 * BLOCK_WORDS)](
             mean,
             std,
             *_row_keys(seed, step, sample),
@@ -198,7 +204,8 @@ def _launch_interpolate(
     if x_0.numel():
         N = x_0[0].numel()
         coefficients = (c.contiguous() for c in (alpha_t, beta_t, dalpha_t, dbeta_t))
-        _interpolate_kernel[(len(x_0), triton.cdiv(N, BLOCK_N))](x_0, x_1, *coefficients, x_t, v_t, N, BLOCK_N=BLOCK_N)
+        grid = _grid("interpolate", len(x_0), N, BLOCK_N)
+        _interpolate_kernel[grid](x_0, x_1, *coefficients, x_t, v_t, N, BLOCK_N=BLOCK_N)
     return x_t, v_t
 
 
@@ -209,7 +216,7 @@ def _launch_look_ahead(
     v, dx = torch.empty_like(v_t), torch.empty((len(dt), *v_t.shape[1:]), device=v_t.device, dtype=v_t.dtype)
     if v_t.numel():
         N = v_t[0].numel()
-        _look_ahead_kernel[(len(v_t), triton.cdiv(N, BLOCK_N))](
+        _look_ahead_kernel[_grid("look_ahead", len(v_t), N, BLOCK_N)](
             v_t,
             v_uncond,
             v_t if v_cond is None else v_cond.contiguous(),

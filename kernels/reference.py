@@ -310,7 +310,8 @@ def modulated_norm_difference(
     dc = dx_wide - dx_wide.mean(-1, keepdim=True)
     var = xc.square().mean(-1, keepdim=True) + eps
     dvar = (dc * (2.0 * xc + dc)).mean(-1, keepdim=True)
-    std_0, std_1 = var.sqrt(), (var + dvar).sqrt()
+    # of a row that moves to a constant one rounding can say less than eps
+    std_0, std_1 = var.sqrt(), (var + dvar).clamp(min=eps).sqrt()
     dnormed = dc / std_1 - xc * (dvar / (std_0 * std_1 * (std_0 + std_1)))
     factor = 1.0 + _wide(scale) + _wide(dscale)
     dy = xc / std_0 * dscale[:, None] + dnormed * factor[:, None] + dshift[:, None]

@@ -34,7 +34,7 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from bench import resources  # noqa: E402
 from soflow import kernels  # noqa: E402
-from soflow.kernels import library, math, reference  # noqa: E402
+from soflow.kernels import library, math, point, reference  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU")
 
@@ -79,13 +79,16 @@ def test_empty_batch(case, interpreted):
         torch.testing.assert_close(ours, theirs)
 
 
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, every other one in memory, and the first dimension the fastest."""
+    return torch.stack((x, x), -1).transpose(0, -2).contiguous().transpose(0, -2)[..., 0]
+
+
 @parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7), (2, 3, 2, 4))])
 def test_layout_does_not_matter(case, interpreted):
-    """Transposed inputs, and a gradient expanded from one number."""
-    inputs = [
-        x.transpose(0, -1).contiguous().transpose(0, -1) if x.dim() > 2 else x
-        for x in case.inputs(torch.float32, "cpu")
-    ]
+    """Inputs with gaps and in another order, and a gradient expanded from one number."""
+    inputs = [spread(x) for x in case.inputs(torch.float32, "cpu")]
+    assert not any(x.is_contiguous() for x in inputs if x.numel() > 1)
     check(case, interpreted, inputs)
     if case.gradients:
         grads = []
@@ -378,10 +381,12 @@ OPS = (
 )
 
 
+@pytest.mark.parametrize("layout", [torch.clone, spread])
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name):
+def test_opcheck(name, layout):
+    arguments = [layout(x) if isinstance(x, torch.Tensor) else x for x in op_arguments(name)]
     torch.library.opcheck(
-        getattr(torch.ops.soflow, name).default, op_arguments(name), test_utils=("test_schema", "test_faketensor")
+        getattr(torch.ops.soflow, name).default, tuple(arguments), test_utils=("test_schema", "test_faketensor")
     )
 
 
@@ -523,6 +528,46 @@ def test_more_samples_than_a_grid_holds_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         launch(*arguments)
     library.check_grid("attention", "samples", 65535)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("uniform", "uniform: blocks of a row: got 131072, expected at most 65535"),
+        ("normal", "normal: blocks of a row: got 131072"),
+        ("draw", "draw: blocks of a row: got 131072"),
+        ("interpolate", "interpolate: blocks of a row: got 131072"),
+        ("look_ahead", "look_ahead: blocks of a row: got 131072"),
+    ],
+)
+def test_longer_rows_than_a_grid_holds_are_refused(name, message):
+    num = 2**27
+    arguments = [
+        torch.empty(*x.shape[:1], *(num,) * (x.dim() > 1), device="meta") if isinstance(x, torch.Tensor) else num
+        for x in op_arguments(name)
+    ]
+    with pytest.raises(ValueError, match=message):
+        vars(point)[f"_launch_{name}"](*arguments)
+
+
+def test_gelu_of_a_vector_has_gradients_too():
+    x, bias, dy = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    grads = []
+    for ops in (kernels, reference):
+        leaves = [x.clone().requires_grad_(), bias.clone().requires_grad_()]
+        grads.append(torch.autograd.grad(ops.gelu(*leaves), leaves, dy))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_row_may_move_to_a_constant_one(interpreted):
+    """Whose variance is 0, of which rounding leaves less."""
+    x = 10.0 * torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0))
+    zeros = torch.zeros(4, 64)
+    expected = -reference.modulated_norm(x, zeros, zeros)
+    for ops in (interpreted, reference):
+        found = ops.modulated_norm_difference(x, -x, zeros, zeros, zeros)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.01)
 
 
 # --------------------------------------------------------------------------------------------------
