@@ -36,7 +36,8 @@ def shard_network(network: Network, processes: Processes, precision: Precision) 
         for modulation in (part for name, part in block.named_children() if name == "adaLN_modulation"):
             fully_shard(modulation, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(network, mesh=mesh)
+    # the root too, which would stay gathered: the averages, which no backward follows, would draw with old weights
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(network, "forward_difference")
 
 

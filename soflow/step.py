@@ -74,6 +74,7 @@ class TrainingStep:
             with on_side_stream() if is_captured else nullcontext():
                 self.module = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
             self.module._set_ddp_runtime_logging_sample_rate(NEVER)
+        self._has_first_buckets = isinstance(self.module, DistributedDataParallel)
         # DDP and FSDP average over processes, whose shares may differ by a row: weigh each by its rows.
         self.loss_scales = [len(part.share) / config.train.batch_size * world_size for part in self.parts]
         self.sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=self.device)
@@ -121,6 +122,12 @@ class TrainingStep:
         step: Tensor,
         r: Tensor,
     ) -> None:
+        if self._has_first_buckets:
+            # DDP lays its buckets out anew after its first backward, and the place of a gradient decides the order in
+            # which three processes or more sum it: a run that is continued would not begin as it went on
+            self._has_first_buckets = False
+            *_, batch = self.draw(mean, std, labels, step, r, augment_labels)
+            self.module(batch).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64, device=self.device)
         for index, batch in enumerate(self.draw(mean, std, labels, step, r, augment_labels)):

@@ -1,12 +1,14 @@
 """One global batch is one training, whatever the number of processes and however they share the weights (gloo)."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from processes import SETTINGS, assert_same_metrics, finish, ranks, recipe, torchrun, train
 
 from soflow import checkpoint
@@ -76,6 +78,38 @@ def test_processes_train_the_same_unet(tmp_path, augment_p):
     settings = (*tiny.UNET, f"data.augment_p={augment_p}")
     alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
     assert_same_metrics(shared, alone, 1e-5)
+
+
+@pytest.mark.slow
+def test_three_processes_continue_to_the_bit(tmp_path):
+    """Where the order of a sum counts, which two have not."""
+    wide = "network.hidden_size=64"
+    whole, broken = (train(tmp_path / name, 3, wide) for name in ("whole", "broken"))
+    shutil.rmtree(broken / "checkpoints" / "step-00000020")
+    train(tmp_path / "broken", 3, wide)
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (run / "checkpoints" / "step-00000020" / name for run in (broken, whole))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["objective.lookahead=two_pass", "objective.name=meanflow"])
+def test_shards_meet_where_a_process_has_no_consistency_rows(tmp_path, setting):
+    settings = ("engine.parallel=fsdp", "train.batch_size=2", setting)
+    alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
+    assert_same_metrics(shared, alone, 1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_averages_draw_with_weights_of_their_own_step(tmp_path):
+    grids = []
+    for parallel in ("ddp", "fsdp"):
+        run = train(tmp_path / parallel, 2, f"engine.parallel={parallel}", "train.sample_every=5", "ema.decay=0.5")
+        with ExitStack() as files:
+            images = [files.enter_context(Image.open(path)) for path in sorted((run / "samples").iterdir())]
+            grids.append(np.stack([np.asarray(image, dtype=np.int64) for image in images]))
+    assert len(grids[0]) == 4
+    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 @pytest.mark.slow
