@@ -7,6 +7,7 @@ saved its state (of several processes 0); 130 interrupted at once.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 DONE, FAILED, BAD_INPUT, STOPPED = range(4)
 INTERRUPTED = 130  # as shells have it
+# of the processes by torchrun, of the job by Slurm
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -109,6 +112,13 @@ def _train(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(_summary(config, args.resume))
         return DONE
+
+    restarts = [name for name in RESTART_COUNTS if int(os.environ.get(name, "0")) > 0]
+    if args.resume is not None and restarts:
+        raise ValueError(
+            f"--resume: got {args.resume} in a restart ({restarts[0]}={os.environ[restarts[0]]}), expected none: it "
+            "would drop what was trained since; the same command without it continues from the newest checkpoint"
+        )
 
     from soflow.distributed import join_processes
     from soflow.trainer import DivergedError, Trainer

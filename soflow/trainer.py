@@ -119,10 +119,12 @@ class Trainer:
             except BaseException as error:
                 # a disk that refused a checkpoint may refuse this too
                 with suppress(OSError):
-                    self._write_status("failed", str(error) or type(error).__name__)
+                    if self.processes.is_first:
+                        self.folder.write_status("failed", self.finished, str(error) or type(error).__name__)
                 raise
             complete = self.finished == config.train.total_steps
-            self._write_status("complete" if complete else "stopped", watchdog.stop_signal or "")
+            end: Literal["complete", "stopped"] = "complete" if complete else "stopped"
+            self._on_first(lambda: self.folder.write_status(end, self.finished, watchdog.stop_signal or ""))
             if self.processes.is_first:
                 self._newest = self.folder.newest_step()
         return complete
@@ -165,6 +167,8 @@ class Trainer:
             self._heed(ballot.result(), writer)
             if self.finished < train.total_steps and self.finished % train.checkpoint_every:
                 self._save(writer)
+            # a torchrun that ends is a reason for Slurm to end the others: none does while the first process writes
+            self._on_first(writer.wait)
 
     def _heed(self, votes: Sequence[bool], writer: checkpoint.Writer) -> bool:
         """Do what some process wants, on all of them; return whether it is to stop."""
@@ -318,10 +322,6 @@ class Trainer:
                 optimizer={**optimizer, "state": moments},
                 meta=checkpoint_meta(self.config, self.source.fingerprint, interval),
             )
-
-    def _write_status(self, state: Literal["running", "complete", "stopped", "failed"], reason: str) -> None:
-        if self.processes.is_first:
-            self.folder.write_status(state, self.finished, reason)
 
 
 def configure_torch(engine: EngineConfig) -> None:

@@ -88,6 +88,17 @@ def signals_in_save() -> None:
     writer.save = faulty
 
 
+def slow_save() -> None:
+    """Take seconds to write a checkpoint."""
+    save = writer.save
+
+    def slow(*args: Any, **keywords: Any) -> Any:
+        time.sleep(4)
+        return save(*args, **keywords)
+
+    writer.save = slow
+
+
 def fill_disk() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -98,6 +109,8 @@ elif FAULT == "disk":
     at_step(fill_disk)
 elif FAULT == "term-in-save":
     signals_in_save()
+elif FAULT == "slow-save":
+    slow_save()
 elif FAULT in ("nan", "nan-forever"):
     break_loss(STEP if FAULT == "nan" else float("inf"))
 elif FAULT.startswith("loader"):

@@ -273,6 +273,17 @@ def test_train_continues_a_run(trained, capsys, tmp_path):
     assert all(torch.equal(again.model[name], first.model[name]) for name in first.model)
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_does_not_go_back_to_the_step_that_was_asked_for_once(trained, capsys, monkeypatch, name):
+    """It would drop what was trained before the restart."""
+    before = sorted((trained / "checkpoints").iterdir())
+    argv = ["train", str(trained.parent / "tiny.yaml"), *LIKE_TRAIN, "--resume", str(before[0])]
+    monkeypatch.setenv(name, "1")
+    assert main(argv) == 2
+    assert f"--resume: got {before[0]} in a restart ({name}=1), expected none" in capsys.readouterr().err
+    assert sorted((trained / "checkpoints").iterdir()) == before
+
+
 def test_divergence_is_exit_code_1(recipe, capsys, monkeypatch):
     def diverge(self: trainer.Trainer) -> bool:
         raise trainer.DivergedError("step 3: loss/total not finite")

@@ -94,6 +94,18 @@ def test_two_signals_during_a_save_leave_one_sound_checkpoint(tmp_path):
     assert_stopped(tmp_path / "tiny", [output for _, output in ends], "SIGTERM")
 
 
+@pytest.mark.slow
+def test_no_process_ends_before_the_last_checkpoint_is_written(tmp_path):
+    """Slurm would end the others."""
+    first, second = ranks(2, FAULTY, "slow-save", "0", "0", str(recipe(tmp_path, *LONG)))
+    wait_for_lines(tmp_path / "tiny", [5])
+    first.send_signal(signal.SIGTERM)
+    code, _ = finish(second)
+    assert status(tmp_path / "tiny")["state"] == "stopped"
+    assert only_checkpoint(tmp_path / "tiny") > 0
+    assert (code, finish(first)[0]) == (0, 0)
+
+
 # ---------------------------------------------------------------- processes that die or hang
 
 

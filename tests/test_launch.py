@@ -25,6 +25,7 @@ printf "%s\\n" "$@" > "$CALLS/srun"
 say() { echo "{\\"state\\": \\"$1\\", \\"step\\": 7, \\"reason\\": \\"\\"}" > "$RUN/status.json"; }
 mkdir -p "$RUN"
 trap 'say stopped; exit 1' USR1
+if [ "$END" = refused ]; then exit 2; fi
 say running
 if [ "$END" = signal ]; then touch "$CALLS/started"; while :; do sleep 0.1; done; fi
 say "$END"
@@ -120,6 +121,17 @@ def test_slurm_does_not_queue_a_failed_run_again(bench):
     job.communicate(timeout=120)
     assert job.returncode != 0
     assert (bench / "calls" / "srun").exists()
+    assert not (bench / "calls" / "scontrol").exists()
+
+
+@pytest.mark.parametrize("state", ["complete", "stopped"])
+def test_slurm_does_not_take_the_end_of_another_job_for_that_of_this_one(bench, state):
+    status = bench / "my runs" / "tiny" / "status.json"
+    status.parent.mkdir(parents=True)
+    status.write_text(f'{{"state": "{state}", "step": 7, "reason": ""}}\n')
+    job = sbatch(bench, "refused")
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 2, errors
     assert not (bench / "calls" / "scontrol").exists()
 
 
