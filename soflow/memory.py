@@ -9,7 +9,7 @@ loses to fragmentation.
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,7 +88,17 @@ class _MomentsOnly:
         trained = [p for p in optimizer.parameters() if p.requires_grad]
         self.moments = [torch.zeros_like(p) for p in trained for _ in range(2)]
         self.grad_norm = torch.zeros((), device=trained[0].device)
-        self.zero_grad, self.param_groups = optimizer.zero_grad, optimizer.param_groups
+        self.zero_grad: Callable[[bool], None] = optimizer.zero_grad
+        self.param_groups = optimizer.param_groups
+
+    def hold_buckets(self, parameters: Iterable[Tensor], num_parts: int) -> None:
+        """Hold what DDP keeps from step to step: buckets, which are the gradients unless parts are summed first."""
+        trained = [p for p in parameters if p.requires_grad]
+        self.buckets = [torch.zeros_like(p) for p in trained]
+        if num_parts == 1:
+            for parameter, bucket in zip(trained, self.buckets, strict=True):
+                parameter.grad = bucket
+            self.zero_grad = lambda set_to_none: None
 
     def step(self) -> None:
         """Leave the gradients to whoever wants to update by them."""
@@ -117,6 +127,8 @@ def predict_peak(
     with fake_tensors(), CountMemory() as memory:
         parts = assemble(config, Processes(0, 1, torch.device("cpu")), ops, network)
         parts.step.optimizer = under_way = _MomentsOnly(parts.optimizer)  # type: ignore[assignment]
+        if world_size > 1 and config.engine.parallel == "ddp":
+            under_way.hold_buckets(parts.step.flow.parameters(), config.train.accumulation)
         parts.step(*sample_like(config, image_shape), 0)
         # the CUDA extension's update makes nothing but changes; the first of others makes moments of its own
         if not fused_update:

@@ -57,8 +57,6 @@ class Meter:
         self.steps = 0
         self.seconds = 0.0
         self.waited = 0.0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.start = self._now()
 
     def count(self) -> None:
@@ -83,8 +81,8 @@ class Meter:
         """Return the metrics of the interval, by their names in the log; its steps must have been counted.
 
         time/step_s: seconds per step.  time/data: share of them spent waiting for data.  throughput/images_per_s.
-        throughput/mfu: share of the device's peak, where that is known.  memory/peak_gib: of tensors on a GPU in this
-        interval; on the CPU of the process since its start.
+        throughput/mfu: share of the device's peak, where that is known.  memory/peak_gib: since the start, of tensors
+        on a GPU (a captured step allocates while it is captured, not when it is replayed), on the CPU of the process.
         """
         seconds = self.seconds + self._now() - self.start
         metrics = {

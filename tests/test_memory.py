@@ -18,11 +18,12 @@ UNET = (tiny.UNET[0].replace("model_channels: 8", "model_channels: 32"), *tiny.U
 WIDE = ("network.hidden_size=64", "network.depth=3", "network.patch_size=1", "train.batch_size=48")
 
 
-def measured_peak(config) -> int:
+def measured_peak(config, world_size: int = 1) -> int:
     with CountMemory() as count:
-        step = assemble(config, Processes(0, 1, CPU), reference).step
+        step = assemble(config, Processes(0, world_size, CPU), reference).step
+        mean, _, labels = (None if x is None else x[: len(step.positions)] for x in sample_like(config, SHAPE))
         for index in range(2):
-            step(*sample_like(config, SHAPE), index)
+            step(mean, None, labels, index)
     return count.peak
 
 
@@ -44,6 +45,29 @@ def test_prediction_is_what_a_training_needs(tmp_path, settings):
     config = tiny.config(tmp_path, *WIDE, *settings)
     assert predict_peak(config, SHAPE, CPU) == pytest.approx(measured_peak(config), rel=0.01)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """The group of this process alone, in which it is the first of two to DDP."""
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("engine.precision=bf16",),
+        ("engine.recompute=blocks", "train.accumulation=4", "network.hidden_size=128"),
+        (*UNET, "data.augment_p=0"),
+    ],
+)
+def test_the_gradients_of_several_processes_are_in_memory_all_the_time(tmp_path, group_of_one, settings):
+    config = tiny.config(tmp_path, *WIDE, *settings)
+    assert predict_peak(config, SHAPE, CPU, world_size=2) == pytest.approx(measured_peak(config, 2), rel=0.01)
 
 
 def test_recomputation_and_accumulation_save_what_they_say(tmp_path):
