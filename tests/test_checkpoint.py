@@ -187,6 +187,9 @@ def test_milestones_are_kept_besides_the_newest(tmp_path: Path):
         write(tmp_path, step, keep_last=2, keep_every=20)
     # 30 is one of the two newest that are no milestones
     assert names(tmp_path) == {"step-00000020", "step-00000030", "step-00000040", "step-00000050", "LATEST"}
+    write(tmp_path, 60, keep_last=1, keep_every=20)
+    # 50 is the newest that is none
+    assert names(tmp_path) == {*(f"step-000000{step}" for step in (20, 40, 50, 60)), "LATEST"}
 
 
 # ---------------------------------------------------------------- saving beside the training

@@ -103,7 +103,7 @@ def save(
             _delete(replaced)
         if keep_last > 0:
             older = [path for number, path in _step_folders(root) if number < step and not _is_kept(number, keep_every)]
-            for path in older[keep_last - 1 :]:
+            for path in older[keep_last - (not _is_kept(step, keep_every)) :]:
                 _delete(_set_aside(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot save the checkpoint: {error}") from error
