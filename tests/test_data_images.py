@@ -14,7 +14,7 @@ from PIL import Image
 from soflow.config import DataConfig
 from soflow.data import DataError, ImageFolderSource, open_source
 from soflow.data.crop import center_crop
-from soflow.data.decode import open_decoder
+from soflow.data.decode import open_decoder, suits_dali
 from soflow.data.feeder import has_dali
 from soflow.data.image_folder import list_images
 
@@ -140,6 +140,12 @@ def test_pixels_stay_when_other_files_are_decoded(decoder):
         decode([encoded(Image.new("RGB", (80, 60), "red"))] * 3)
     for content, pixels in zip(contents, kept, strict=True):
         np.testing.assert_array_equal(pixels, np.array(Image.open(io.BytesIO(content)).convert("RGB")))
+
+
+def test_dali_is_given_no_file_that_it_makes_up_or_dies_of():
+    given = {name for name, content in FILES.items() if suits_dali(content)}
+    assert {"plain", "webp"} <= given
+    assert given.isdisjoint({"png", "palette", "transparent", "bmp"})
 
 
 def test_decoder_that_is_not_installed_is_refused(monkeypatch):

@@ -1,7 +1,7 @@
 """Image files into pixels: by NVIDIA DALI, on the GPU where there is one, or by Pillow.
 
-On a CPU both give the same bits, and accept the same files: DALI gets what Pillow takes for an image by its header, and
-what DALI refuses Pillow tries. Neither turns an image as its EXIF orientation says, as the official recipe does not.
+On a CPU both give the same bits of a sound file: DALI gets what Pillow takes for a JPEG or WebP by its header, and what
+DALI refuses Pillow tries. Neither turns an image as its EXIF orientation says, as the official recipe does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -53,8 +53,14 @@ def _dali_decoder(device: torch.device) -> Decoder:
     import nvidia.dali.experimental.dynamic as ndd
 
     on_gpu = device.type == "cuda"
+    # DALI works on the GPU that is current in the thread that calls it: the first, if nothing says otherwise
+    its_device = ndd.Device("gpu", device.index or 0) if on_gpu else ndd.Device("cpu")
 
     def run(contents: Sequence[bytes]) -> list[Tensor]:
+        with its_device:
+            return run_there(contents)
+
+    def run_there(contents: Sequence[bytes]) -> list[Tensor]:
         files = ndd.as_batch([ndd.as_tensor(np.frombuffer(content, dtype=np.uint8)) for content in contents])
         # Fancy upsampling is what the CPU does: without it the bits would differ between the two.
         settings = {"device": "gpu", "jpeg_fancy_upsampling": True} if on_gpu else {"device": "cpu"}
@@ -71,7 +77,7 @@ def _dali_decoder(device: torch.device) -> Decoder:
             return [None] if len(contents) == 1 else [pixels for content in contents for pixels in run_each([content])]
 
     def decode(contents: Sequence[bytes]) -> list[Tensor | str]:
-        suited = [_suits_dali(content) for content in contents]
+        suited = [suits_dali(content) for content in contents]
         by_dali = iter(run_each([content for content, suits in zip(contents, suited, strict=True) if suits]))
         results: list[Tensor | str] = []
         for content, suits in zip(contents, suited, strict=True):
@@ -83,10 +89,11 @@ def _dali_decoder(device: torch.device) -> Decoder:
     return decode
 
 
-def _suits_dali(content: bytes) -> bool:
+def suits_dali(content: bytes) -> bool:
+    """Return whether DALI decodes such a file as Pillow does, and survives one that was cut off."""
     try:
         with open_image(content) as image:
-            # Of a BMP that was cut off DALI makes the rest up.
-            return image.format != "BMP"
+            # Of a BMP that was cut off DALI makes the rest up, and PNGs that were can end the process.
+            return image.format in ("JPEG", "WEBP")
     except DECODE_ERRORS:
         return False

@@ -21,6 +21,8 @@ from soflow.data.source import DataError, Source
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 # Whatever the suffix says, nothing else is decoded: for PostScript, Pillow would start Ghostscript.
+# of files whose results wait in memory
+VERIFIED_AT_ONCE = 4096
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 # What Pillow raises for files that are no images, are damaged or are far too large.
@@ -162,8 +164,9 @@ class ImageFolderSource(Source):
 
     def verify(self) -> None:
         """Decode every image; raise DataError for the first that cannot be."""
-        for _ in self._pool.map(self._load, range(len(self))):
-            pass
+        for first in range(0, len(self), VERIFIED_AT_ONCE):
+            for _ in self._pool.map(self._load, range(first, min(first + VERIFIED_AT_ONCE, len(self)))):
+                pass
 
     def describe(self) -> dict[str, str]:
         """Return the names of the first classes."""
