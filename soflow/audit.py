@@ -23,16 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from soflow.checkpoint import saved_steps
+from soflow import checkpoint
 from soflow.config import Config
-from soflow.data import epoch_order, open_source
+from soflow.data import Source, epoch_order, open_source
 from soflow.draw import sample_batch
 from soflow.flow import SolutionFlow
 from soflow.kernels import reference
 from soflow.objective import Batch, trained_labels
 from soflow.paths import slope_coefficients
 from soflow.rounding import ROUNDED, rounded
-from soflow.run_folder import RunFolder, load_flow
+from soflow.run_folder import RunFolder, load_flow, require_own_data
 from soflow.slope import LOOKAHEADS, exact_slope, slope
 from soflow.step import build_objective, gap_ratio_at
 from soflow.times import MIN_GAP
@@ -110,7 +110,10 @@ def audit(run: Path, steps: Literal["all", "newest"] | Sequence[int], samples: i
             "load_flow(path, network=...) loads it in Python (docs/extending.md)"
         )
     folders = choose_steps(RunFolder(run).checkpoints, steps)
-    batch = draw_batch(config, samples, seed)
+    source = open_source(config.data)
+    for folder in folders.values():
+        require_own_data(source.fingerprint, checkpoint.read(folder).meta, folder)
+    batch = draw_batch(config, source, samples, seed)
     objective = build_objective(config, reference)
 
     def at(step: int, folder: Path) -> StepAudit:
@@ -127,7 +130,7 @@ def audit(run: Path, steps: Literal["all", "newest"] | Sequence[int], samples: i
 
 def choose_steps(root: Path, steps: Literal["all", "newest"] | Sequence[int]) -> dict[int, Path]:
     """Return the asked step folders below `root` by their number, the earliest first; AuditError where one is not."""
-    saved = saved_steps(root)
+    saved = checkpoint.saved_steps(root)
     if not saved:
         raise AuditError(f"{root}: got no checkpoint, expected at least one")
     wanted = list(saved) if steps == "all" else [max(saved)] if steps == "newest" else sorted(steps)
@@ -139,9 +142,8 @@ def choose_steps(root: Path, steps: Literal["all", "newest"] | Sequence[int]) ->
     return {step: saved[step] for step in wanted}
 
 
-def draw_batch(config: Config, samples: int, seed: int) -> Batch:
+def draw_batch(config: Config, source: Source, samples: int, seed: int) -> Batch:
     """Return `samples` consistency rows as the run draws them, those with t - s of at least 0.1; its l is not used."""
-    source = open_source(config.data)
     number = CANDIDATES_PER_SAMPLE * samples
     mean, std, labels = source.read(np.resize(epoch_order(len(source), seed, 0), number))
     batch = sample_batch(

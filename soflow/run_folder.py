@@ -158,8 +158,13 @@ def require_own_checkpoint(config: Config, fingerprint: str, state: Checkpoint, 
             raise CheckpointError(
                 f"{path}: got no average of sigma_rel {sigma_rel}, expected it, as ema.profiles has it"
             )
-    if state.meta["data"] != fingerprint:
-        raise RunError(f"{path}: got a checkpoint of the data set {state.meta['data']}, expected {fingerprint}")
+    require_own_data(fingerprint, state.meta, path)
+
+
+def require_own_data(fingerprint: str, meta: Mapping[str, Any], path: Path) -> None:
+    """Raise RunError unless the checkpoint at `path`, which says `meta` of itself, is of the data set `fingerprint`."""
+    if meta.get("data") != fingerprint:
+        raise RunError(f"{path}: got a checkpoint of the data set {meta.get('data')}, expected {fingerprint}")
 
 
 def require_weights(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Path) -> None:

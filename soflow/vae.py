@@ -79,9 +79,16 @@ def load_vae(name: str, device: torch.device) -> Vae:
         raise VaeError(f"{name}: expected a folder with config.json, as diffusers saves an AutoencoderKL")
     try:
         # Never a pickle, which diffusers falls back to.
-        network = AutoencoderKL.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
+        network, loaded = AutoencoderKL.from_pretrained(
+            name, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise VaeError(f"{name}: expected an AutoencoderKL, in a folder or on the hub, but: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        # which diffusers draws at random, with a warning
+        raise VaeError(
+            f"{name}: got no weights {missing[0]} ({len(missing)} missing), expected all of an AutoencoderKL"
+        )
     scale = network.config.scaling_factor
     if abs(scale - LATENT_SCALE) > 1e-9:
         raise VaeError(f"{name}: scaling_factor: got {scale}, expected {LATENT_SCALE}, which the recipes are made for")

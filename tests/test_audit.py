@@ -24,8 +24,10 @@ from soflow.audit import (
     fit_order,
     measure,
 )
+from soflow.data import open_source
 from soflow.models import Network
 from soflow.rounding import ROUNDED
+from soflow.run_folder import RunError
 from soflow.times import MIN_GAP
 
 HALVES = tuple(2.0**-k for k in range(1, 11))
@@ -138,7 +140,10 @@ def test_crossing_of_power_laws():
 
 def test_rows_are_those_of_training_that_lie_far_enough_apart(tmp_path):
     config = tiny.config(tmp_path)
-    batch, again = draw_batch(config, 20, 5), draw_batch(config, 20, 5)
+    batch, again = (
+        draw_batch(config, open_source(config.data), 20, 5),
+        draw_batch(config, open_source(config.data), 20, 5),
+    )
     assert len(batch) == 20
     assert batch.num_velocity == 0
     assert (batch.t - batch.s >= LEAST_SPAN).all()
@@ -146,14 +151,14 @@ def test_rows_are_those_of_training_that_lie_far_enough_apart(tmp_path):
         ours, same = getattr(batch, field.name), getattr(again, field.name)
         assert torch.equal(ours, same) if isinstance(ours, Tensor) else ours == same
     # the first of 40 are the 20
-    assert torch.equal(draw_batch(config, 40, 5).t[:20], batch.t)
-    assert not torch.equal(draw_batch(config, 20, 6).x_1, batch.x_1)
+    assert torch.equal(draw_batch(config, open_source(config.data), 40, 5).t[:20], batch.t)
+    assert not torch.equal(draw_batch(config, open_source(config.data), 20, 6).x_1, batch.x_1)
 
 
 def test_times_that_never_lie_apart_are_refused(tmp_path):
     config = tiny.config(tmp_path, "times.s_mean=6.0", "times.t_mean=-2.0")
     with pytest.raises(AuditError, match=r"times: got \d+ of 64 rows with t - s of at least 0.1, expected 4"):
-        draw_batch(config, 4, 0)
+        draw_batch(config, open_source(config.data), 4, 0)
 
 
 def test_audit_over_training(tmp_path):
@@ -169,6 +174,15 @@ def test_audit_over_training(tmp_path):
     assert found[0].gaps != found[1].gaps
     with pytest.raises(AuditError, match=r"checkpoint of step 4, expected one of 3, 6, 8"):
         audit(run, [3, 4], 4, 1)
+
+
+def test_other_data_than_those_of_the_run_are_refused(tmp_path, monkeypatch):
+    run = test_trainer.train(tiny.config(tmp_path)).folder.path
+    other = open_source(tiny.config(tmp_path).data)
+    monkeypatch.setattr(other, "fingerprint", "other")
+    monkeypatch.setattr("soflow.audit.open_source", lambda data: other)
+    with pytest.raises(RunError, match=r"step-00000008: got a checkpoint of the data set .*, expected other"):
+        audit(run, "newest", 4, 1)
 
 
 def test_a_gap_below_the_least_is_audited_at_the_least(tmp_path):

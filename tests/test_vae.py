@@ -1,8 +1,10 @@
+import json
 import sys
 
 import pytest
 import tiny_vae
 import torch
+from safetensors.torch import load_file, save_file
 
 from soflow.vae import Vae, VaeError, load_vae
 
@@ -66,6 +68,24 @@ def test_a_pickle_in_the_place_of_weights_is_not_loaded(tmp_path):
     folder = tiny_vae.save(tmp_path)
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.rename(folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(VaeError, match="expected an AutoencoderKL"):
+        load_vae(str(folder), CPU)
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    folder = tiny_vae.save(tmp_path)
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    del weights["encoder.conv_in.weight"]
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(VaeError, match=r"got no weights encoder.conv_in.weight \(1 missing\), expected all"):
+        load_vae(str(folder), CPU)
+
+
+@pytest.mark.parametrize("change", [{"latent_channels": 8}, {"block_out_channels": "x"}])
+def test_a_configuration_that_does_not_fit_the_weights_is_refused(tmp_path, change):
+    folder = tiny_vae.save(tmp_path)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **change}))
     with pytest.raises(VaeError, match="expected an AutoencoderKL"):
         load_vae(str(folder), CPU)
 
