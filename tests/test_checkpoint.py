@@ -956,6 +956,17 @@ def test_replacing_is_all_or_nothing(tmp_path: Path):
     assert names(tmp_path) == {"file"}
 
 
+def test_nothing_is_written_by_two_at_once(tmp_path: Path):
+    path = tmp_path / "file"
+    with checkpoint.replacing(path) as partial:
+        partial.write_text("first")
+        with pytest.raises(OSError, match="something else is writing it") as refused, checkpoint.replacing(path):
+            pytest.fail("let a second one in")
+        assert refused.value.filename == str(path)
+    assert path.read_text() == "first"
+    assert names(tmp_path) == {"file"}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"full_disk": full_disk, "kill_9": kill_9}[sys.argv[1]](Path(sys.argv[2]))

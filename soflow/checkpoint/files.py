@@ -1,5 +1,7 @@
 """Files that are written whole or not at all, and read without trusting them."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import pickle
@@ -42,17 +44,26 @@ class CheckpointError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; what the block writes there replaces `path`, whole, synced, or not at all.
 
-    Raises what the block raises, and OSError: `path` is then as it was, and the temporary file is gone.
+    Raises what the block raises, and OSError: `path` is then as it was, and the temporary file is gone. OSError as well
+    where another process, or a block of this one, is writing it.
     """
     partial = path.with_name(path.name + ".tmp")
-    try:
-        with naming(path):
+    with naming(path), partial.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(errno.EBUSY, "something else is writing it", str(path)) from error
+        except OSError as error:
+            # a file system without locks keeps nobody out
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        try:
             yield partial
             sync(partial)
             os.replace(partial, path)
             sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 @contextmanager
