@@ -23,8 +23,8 @@ from torch import Tensor
 
 from bench.judge import NUM_CLASSES, DigitsJudge, JudgeError, Scores
 from soflow import SolutionFlow, sample, sample_noise
-from soflow.checkpoint import CheckpointError, replacing
-from soflow.config_file import ConfigError, load_config
+from soflow.checkpoint import replacing
+from soflow.config_file import load_config
 from soflow.data import DIGITS_HELD_OUT_PER_CLASS
 from soflow.images import grid, save_png, to_uint8
 from soflow.run_folder import load_flow
@@ -131,7 +131,7 @@ def _score_cells(scores: Scores, real: Scores) -> tuple[str, ...]:
 def judge_run(run: Path, count: int, seed: int) -> None:
     """Judge the run in folder `run`, write samples.png, losses.png and report.json there, and print the table.
 
-    Raises OSError, ConfigError, CheckpointError or JudgeError for a folder that cannot be read, judged or written.
+    Raises OSError, or ValueError (ConfigError, CheckpointError, JudgeError), for a run that cannot be read or judged.
     """
     config = load_config(run / "config.yaml")
     network = config.network
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--count: got {options.count}, expected a multiple of 10 from {fewest} to {SEED_STRIDE}")
     try:
         judge_run(options.run, options.count, options.seed)
-    except (OSError, ConfigError, CheckpointError, JudgeError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -63,7 +63,7 @@ def _encode(args: argparse.Namespace) -> int:
     from soflow.vae import load_vae
 
     rank, world_size = read_ranks()
-    device = resolve_device(args.device)
+    device = resolve_device(args.device, "--device")
     # As the official latents: TF32 would round them.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     listing = list_images(args.images)

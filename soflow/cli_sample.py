@@ -36,6 +36,7 @@ class _Task(NamedTuple):
 
     flow: "SolutionFlow"
     vae: "Vae | None"
+    weights: str
     step: int
     classes: Sequence[int]
     seeds: Sequence[int]
@@ -128,7 +129,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     refusal = None
     try:
-        with join_processes(args.device, PATIENCE_S) as processes:
+        with join_processes(args.device, PATIENCE_S, "--device") as processes:
             try:
                 _draw_and_write(args, processes)
             except (ValueError, OSError) as error:
@@ -154,7 +155,7 @@ def _draw_and_write(args: argparse.Namespace, processes: "Processes") -> None:
         shared = f", {processes.world_size} processes" if processes.world_size > 1 else ""
         files = ", ".join(str(path) for path in (args.grid, args.npz) if path is not None)
         print(
-            f"{len(task.seeds)} images, {args.nfe} NFE by {task.flow.sampler}, {args.weights} weights of step "
+            f"{len(task.seeds)} images, {args.nfe} NFE by {task.flow.sampler}, {task.weights} weights of step "
             f"{task.step}, {seconds:.1f} s on {processes.device}{shared}: {files}"
         )
 
@@ -162,6 +163,7 @@ def _draw_and_write(args: argparse.Namespace, processes: "Processes") -> None:
 def _prepare(args: argparse.Namespace, processes: "Processes") -> _Task:
     """Load what draws, the same in every process."""
     from soflow import images
+    from soflow.export import is_export, read_export
     from soflow.run_folder import load_flow
     from soflow.vae import load_vae
 
@@ -169,6 +171,8 @@ def _prepare(args: argparse.Namespace, processes: "Processes") -> _Task:
         for path in filter(None, (args.grid, args.npz) if processes.is_first else ()):
             images.require_writable(path)
         flow, step = load_flow(args.path, args.weights, processes.device, args.sampler)
+        # an export holds one kind, whichever was asked for
+        weights = read_export(args.path).kind if is_export(args.path) else args.weights
         network: Any = flow.network
         require_calls("--nfe", args.nfe, flow.sampler)
         classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
@@ -180,7 +184,7 @@ def _prepare(args: argparse.Namespace, processes: "Processes") -> _Task:
         # the newest checkpoint of a run that goes on may have changed in between
         if step != first_step:
             raise UsageError(f"{args.path}: got step {step} here and {first_step} in process 0, expected a step folder")
-    return _Task(flow, vae, step, classes, seeds)
+    return _Task(flow, vae, weights, step, classes, seeds)
 
 
 def _choose_images(

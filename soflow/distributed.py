@@ -137,10 +137,10 @@ def is_peer_failure(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device called auto, cpu or cuda; ValueError where cuda is asked for and there is none."""
+def resolve_device(name: str, field: str = "engine.device") -> torch.device:
+    """Return the device called auto, cpu or cuda; ValueError, which names `field`, where there is none for cuda."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("engine.device: got 'cuda', expected 'auto' or 'cpu', because no GPU is usable here")
+        raise ValueError(f"{field}: got 'cuda', expected 'auto' or 'cpu', because no GPU is usable here")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -160,13 +160,13 @@ def read_ranks() -> tuple[int, int]:
 
 
 @contextmanager
-def join_processes(device_name: str, timeout_s: float) -> Iterator[Processes]:
+def join_processes(device_name: str, timeout_s: float, field: str = "engine.device") -> Iterator[Processes]:
     """Join the process group that torchrun announces in the environment (NCCL on GPUs, else gloo); leave it after.
 
-    timeout_s: how long an exchange waits for a peer. After an error the process leaves within LEAVING_S, if need be by
-    force.
+    timeout_s: how long an exchange waits for a peer.  field: what the device is called in an error. After an error the
+    process leaves within LEAVING_S, if need be by force.
     """
-    device = resolve_device(device_name)
+    device = resolve_device(device_name, field)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _, world_size = read_ranks()

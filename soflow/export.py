@@ -163,7 +163,7 @@ def read_export(folder: Path) -> Trained:
         raise
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
     weights = load_tensors(folder / WEIGHTS)
     return Trained(

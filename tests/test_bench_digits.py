@@ -221,6 +221,17 @@ def test_run_that_cannot_be_judged_is_refused_and_left_alone(
     assert files(tmp_path).keys() == before.keys() | {"metrics.jsonl"}
 
 
+def test_run_whose_sampler_cannot_draw_in_one_call_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **keywords: object) -> None:
+        raise ValueError("nfe: got 1, expected an even number for heun")
+
+    monkeypatch.setattr(digits, "sample", refuse)
+    assert digits.main([str(trained), "--count", "360"]) == 2
+    assert "error: nfe: got 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [["--count", "350"], ["--count", "365"], ["--seed", "-1"], ["--count", "many"]])
 def test_impossible_options_are_refused(trained: Path, options: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -608,7 +608,8 @@ def test_sample_refuses_to_draw_for_nothing(trained, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_sample_refuses_a_gpu_that_is_not_there(trained, tmp_path, capsys):
-    refusal(capsys, "sample", trained, "--grid", tmp_path / "a.png", "--device", "cuda")
+    message = refusal(capsys, "sample", trained, "--grid", tmp_path / "a.png", "--device", "cuda")
+    assert "--device: got 'cuda'" in message
 
 
 def test_sample_checks_that_it_can_write_before_it_loads(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_processes_that_see_different_checkpoints_are_refused(run, tmp_path, cap
             return value + 1
 
     @contextmanager
-    def join(device: str, timeout_s: float):
+    def join(device: str, timeout_s: float, field: str):
         yield Second(0, 1, torch.device(device))
 
     monkeypatch.setattr(distributed, "join_processes", join)

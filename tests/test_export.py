@@ -207,6 +207,7 @@ def test_nothing_is_replaced(tmp_path, run, capsys):
         ({"step": None}, "expected what soflow export writes"),
         ({"objective": "gan"}, "expected what soflow export writes"),
         ({"step": "x"}, "expected what soflow export writes"),
+        ({"step": float("inf")}, "expected what soflow export writes"),
         ({"objective": "flow_matching"}, "flow.sampler: got 'renoise', expected euler or heun"),
     ],
 )
@@ -221,6 +222,13 @@ def test_other_contents_are_refused(tmp_path, run, change, message):
     (out / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
         read_export(out)
+
+
+def test_samples_say_which_weights_an_export_holds(tmp_path, run, capsys):
+    out = tmp_path / "out"
+    assert main(["export", str(run), str(out), "--weights", "model"]) == 0
+    assert main(["sample", str(out), "--grid", str(tmp_path / "a.png")]) == 0
+    assert "model weights of step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
