@@ -42,9 +42,9 @@ class SolutionFlow(nn.Module):
         a_ts, b_ts = solution_coefficients(self.parameterization, t, s)
         return reference.solution_map(x, self.network(x, t, s, labels), a_ts, b_ts)
 
-    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, labels: Tensor | None = None, draw_keys: Tensor | None = None) -> Tensor:
         """Return d f(x, t, s) / d s at s = t, (B, C, H, W): the velocity of the flow at (x, t)."""
-        return velocity_factor(self.parameterization) * self.network(x, t, t, labels)
+        return velocity_factor(self.parameterization) * self.network(x, t, t, labels, draw_keys=draw_keys)
 
 
 def build_flow(

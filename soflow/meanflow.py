@@ -47,6 +47,8 @@ class MeanFlow(GuidedObjective):
     def derivative(self, flow: SolutionFlow, batch: Batch, x_t: Tensor, v: Tensor) -> Tensor:
         """Return d F(x_t, t, s) / dt of the consistency rows, along v: (B - num_velocity, C, H, W), detached."""
         nv, labels = batch.num_velocity, trained_labels(flow, batch)
+        if nv == len(batch) and not self.weights_are_shared_out:
+            return v[nv:]
         label, augment_label = (None if c is None else c[nv:] for c in (labels, batch.augment_labels))
         # the other backends of attention have no forward-mode derivative
         with sdpa_kernel(SDPBackend.MATH):

@@ -87,6 +87,8 @@ class GuidedObjective(abc.ABC):
         self.loss_p = loss_p
         self.loss_eps = loss_eps
         self.ops = reference if ops is None else ops
+        # of a network whose processes must make the same calls, be it for no rows
+        self.weights_are_shared_out = False
 
     @abc.abstractmethod
     def __call__(self, flow: SolutionFlow, batch: Batch) -> ObjectiveOutput:
@@ -118,11 +120,12 @@ class GuidedObjective(abc.ABC):
         with torch.no_grad():
             labels = torch.full_like(batch.labels, flow.network.num_classes)
             if self.mix_ratio == 1.0:
-                v_uncond, v_cond = flow.velocity(x_t, t, labels), None
+                v_uncond, v_cond = flow.velocity(x_t, t, labels, batch.draw_keys), None
             else:
                 # One call for both predictions; the labels of the conditional rows are not masked.
                 rows = torch.cat((x_t, x_t[nv:])), torch.cat((t, t[nv:])), torch.cat((labels, batch.labels[nv:]))
-                v_uncond, v_cond = flow.velocity(*rows).tensor_split((len(batch),))
+                keys = None if batch.draw_keys is None else torch.cat((batch.draw_keys, batch.draw_keys[nv:]))
+                v_uncond, v_cond = flow.velocity(*rows, keys).tensor_split((len(batch),))
             v, dx = self.ops.look_ahead(v_t, v_uncond, v_cond, strength, mix, dt)
         return v, dx, mix
 
@@ -178,7 +181,8 @@ class Objective(GuidedObjective):
             )
         F_t = flow.network(x_t, t, s, labels, batch.augment_labels, batch.draw_keys)
         with torch.no_grad():
-            # also of no rows: processes that share the weights out make the same calls
+            if nv == len(batch) and not self.weights_are_shared_out:
+                return F_t, dx
             conditions = (None if c is None else c[nv:] for c in (labels, batch.augment_labels, batch.draw_keys))
             return F_t, flow.network(x_t[nv:] + dx, batch.l[nv:], s[nv:], *conditions) - F_t[nv:]
 

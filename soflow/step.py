@@ -67,6 +67,7 @@ class TrainingStep:
         ]
         self.positions = tuple(position for part in self.parts for position in part.share.positions)
         self.objective = build_objective(config, ops)
+        self.objective.weights_are_shared_out = is_sharded(flow.network)
         self.module: nn.Module = _Losses(flow, self.objective)
         is_captured = choose_capture(config.engine.cuda_graph, self.device, world_size, optimizer)
         if world_size > 1 and not is_sharded(flow.network):

@@ -93,9 +93,17 @@ def test_three_processes_continue_to_the_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["objective.lookahead=two_pass", "objective.name=meanflow"])
-def test_shards_meet_where_a_process_has_no_consistency_rows(tmp_path, setting):
-    settings = ("engine.parallel=fsdp", "train.batch_size=2", setting)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("objective.lookahead=two_pass",),
+        ("objective.name=meanflow",),
+        (*tiny.UNET, "objective.fm_ratio=0.5", "objective.lookahead=two_pass"),
+    ],
+    ids=["DiT-two_pass", "DiT-meanflow", "UNet-two_pass"],
+)
+def test_shards_meet_where_a_process_has_no_consistency_rows(tmp_path, settings):
+    settings = ("engine.parallel=fsdp", "train.batch_size=2", *settings)
     alone, shared = (train(tmp_path / str(num), num, *settings) for num in (1, 2))
     assert_same_metrics(shared, alone, 1e-4)
 

@@ -173,6 +173,22 @@ def test_two_evaluations_with_dropout_are_refused():
     Objective(lookahead="two_pass")(flow.eval(), batch)
 
 
+@pytest.mark.parametrize("mix_ratio", [0.25, 1.0])
+def test_every_call_of_a_row_has_its_draw_keys(mix_ratio):
+    """So that guidance drops what the trained call drops, and draws nothing from the global generator."""
+    flow = make_flow()
+    batch = replace(make_batch(), draw_keys=torch.arange(18).view(6, 3))
+    seen: list[Tensor] = []
+    flow.network.register_forward_pre_hook(
+        lambda _, args, named: seen.append([*args, *named.values()][-1]), with_kwargs=True
+    )
+    Objective(3.0, 0.8, mix_ratio, lookahead="two_pass")(flow, batch)
+    both = torch.cat((batch.draw_keys, batch.draw_keys[2:]))
+    expected = [batch.draw_keys if mix_ratio == 1.0 else both, batch.draw_keys, batch.draw_keys[2:]]
+    assert len(seen) == 3
+    assert all(torch.equal(keys, wanted) for keys, wanted in zip(seen, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("objective", "calls"),
     [

@@ -24,7 +24,7 @@ class Dropout:
 
         layer: number of the layer that x belongs to; the same mask whenever it is asked for.
         """
-        u = self.ops.uniform(self.seed, self.step, DROPOUT_STREAM + layer, self.sample, x[0].numel())
+        u = self.ops.uniform(self.seed, self.step, DROPOUT_STREAM + layer, self.sample, x.shape[1:].numel())
         return (u >= self.rate).to(x.dtype).div_(1.0 - self.rate).view(x.shape)
 
 
