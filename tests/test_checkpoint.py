@@ -5,6 +5,7 @@ Run as a script, this file is the process that the fault tests limit or kill: `t
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -43,6 +44,7 @@ from soflow.checkpoint import (
     saved_steps,
     steps,
 )
+from soflow.checkpoint import files as checkpoint_files
 from soflow.models import build_network
 
 ROOT = Path(__file__).parents[1]
@@ -965,6 +967,51 @@ def test_nothing_is_written_by_two_at_once(tmp_path: Path):
         assert refused.value.filename == str(path)
     assert path.read_text() == "first"
     assert names(tmp_path) == {"file"}
+
+
+def test_who_has_finished_leaves_the_file_of_the_next_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, synced = tmp_path / "file", []
+
+    def sync_and_begin_the_next(what: Path) -> None:
+        synced.append(what)
+        if what == tmp_path and len(synced) == 2:
+            with checkpoint.replacing(path) as partial:
+                partial.write_text("second")
+
+    monkeypatch.setattr(checkpoint_files, "sync", sync_and_begin_the_next)
+    with checkpoint.replacing(path) as partial:
+        partial.write_text("first")
+    assert path.read_text() == "second"
+    assert names(tmp_path) == {"file"}
+
+
+def test_a_file_that_was_renamed_meanwhile_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, flock = tmp_path / "file", fcntl.flock
+
+    def finished_by_another(file: object, operation: int) -> None:
+        flock(file, operation)
+        (tmp_path / "file.tmp").rename(path)
+
+    monkeypatch.setattr(fcntl, "flock", finished_by_another)
+    with pytest.raises(OSError, match="something else is writing it"), checkpoint.replacing(path):
+        pytest.fail("wrote what another has finished")
+    assert names(tmp_path) == {"file"}
+
+
+def test_locks_that_keep_out_their_own_process_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As those of SMB do, all but the descriptor that holds them."""
+    path, held, write = tmp_path / "file", [], Path.write_bytes
+
+    def refuse_while_held(file: Path, content: bytes) -> int:
+        if held[-1] != fcntl.LOCK_UN:
+            raise PermissionError(13, "Permission denied", str(file))
+        return write(file, content)
+
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: held.append(operation))
+    monkeypatch.setattr(Path, "write_bytes", refuse_while_held)
+    with checkpoint.replacing(path) as partial:
+        partial.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,43 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(path.name + ".tmp")
     with naming(path), partial.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OSError(errno.EBUSY, "something else is writing it", str(path)) from error
-        except OSError as error:
-            # a file system without locks keeps nobody out
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise
+        if not _lock(file, partial):
+            raise OSError(errno.EBUSY, "something else is writing it", str(path))
         try:
             yield partial
             sync(partial)
             os.replace(partial, path)
-            sync(path.parent)
-        finally:
+        except BaseException:
             partial.unlink(missing_ok=True)
+            raise
+        # from here on the temporary file is that of the next
+        sync(path.parent)
+
+
+def _lock(file: BufferedWriter, path: Path) -> bool:
+    """Return whether nobody else holds `file`, which was opened at `path`, and nobody will until it is closed.
+
+    A file system without locks keeps nobody out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return True
+    try:
+        # renamed since, it is what another has finished
+        if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return False
+        path.write_bytes(b"")
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        # SMB: such a lock keeps out all that is not `file`, this process included
+        fcntl.flock(file, fcntl.LOCK_UN)
+    return True
 
 
 @contextmanager
