@@ -25,9 +25,11 @@ printf "%s\\n" "$@" > "$CALLS/srun"
 say() { echo "{\\"state\\": \\"$1\\", \\"step\\": 7, \\"reason\\": \\"\\"}" > "$RUN/status.json"; }
 mkdir -p "$RUN"
 trap 'say stopped; exit 1' USR1
+wait_for_signal() { touch "$CALLS/started"; while :; do sleep 0.1; done; }
 if [ "$END" = refused ]; then exit 2; fi
+if [ "$END" = starting ]; then trap 'exit 138' USR1; wait_for_signal; fi
 say running
-if [ "$END" = signal ]; then touch "$CALLS/started"; while :; do sleep 0.1; done; fi
+if [ "$END" = signal ]; then wait_for_signal; fi
 say "$END"
 [ "$END" = complete ]
 """
@@ -91,6 +93,13 @@ def sbatch(bench: Path, end: str) -> subprocess.Popen[str]:
     )
 
 
+def wait_for_start(bench: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (bench / "calls" / "started").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_slurm_starts_torchrun_on_every_node_and_ends_with_the_run(bench):
     job = sbatch(bench, "complete")
     _, errors = job.communicate(timeout=120)
@@ -106,10 +115,7 @@ def test_slurm_starts_torchrun_on_every_node_and_ends_with_the_run(bench):
 
 def test_slurm_passes_the_signal_on_and_queues_the_job_again(bench):
     job = sbatch(bench, "signal")
-    deadline = time.monotonic() + 120
-    while not (bench / "calls" / "started").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_start(bench)
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 0, errors
@@ -122,6 +128,15 @@ def test_slurm_does_not_queue_a_failed_run_again(bench):
     assert job.returncode != 0
     assert (bench / "calls" / "srun").exists()
     assert not (bench / "calls" / "scontrol").exists()
+
+
+def test_slurm_queues_a_job_again_that_was_told_to_stop_before_it_began(bench):
+    job = sbatch(bench, "starting")
+    wait_for_start(bench)
+    job.send_signal(signal.SIGUSR1)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert (bench / "calls" / "scontrol").read_text() == "requeue 4711\n"
 
 
 @pytest.mark.parametrize("state", ["complete", "stopped"])
