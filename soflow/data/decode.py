@@ -53,10 +53,12 @@ def _dali_decoder(device: torch.device) -> Decoder:
     import nvidia.dali.experimental.dynamic as ndd
 
     on_gpu = device.type == "cuda"
-    # DALI works on the GPU that is current in the thread that calls it: the first, if nothing says otherwise
     its_device = ndd.Device("gpu", device.index or 0) if on_gpu else ndd.Device("cpu")
 
     def run(contents: Sequence[bytes]) -> list[Tensor]:
+        if on_gpu:
+            # each thread has one of its own, the first if nothing says otherwise, and DALI comes back to it
+            torch.cuda.set_device(device)
         with its_device:
             return run_there(contents)
 

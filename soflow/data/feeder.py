@@ -239,17 +239,22 @@ class DaliFeeder(Feeder):
 def open_feeder(config: DataConfig, source: Source, order: BatchOrder, device: torch.device, start: int = 0) -> Feeder:
     """Return the iterator of device batches that the section `data` of a configuration asks for.
 
-    auto is resident for a data set in memory, else plain. Raises DataError where dali is asked for and not installed.
+    auto is resident for a data set in memory, else plain. Raises DataError as `require_feeder` does.
     """
+    require_feeder(config)
     kind = config.feeder
     if kind == "auto":
         kind = "resident" if source.in_memory else "plain"
-    if kind == "dali" and not has_dali():
+    kinds: dict[str, type[Feeder]] = {"resident": ResidentFeeder, "plain": PlainFeeder, "dali": DaliFeeder}
+    return kinds[kind](config, source, order, device, start)
+
+
+def require_feeder(config: DataConfig) -> None:
+    """Raise DataError where dali is asked for and not installed."""
+    if config.feeder == "dali" and not has_dali():
         raise DataError(
             "data.feeder: got 'dali', expected 'auto', 'plain' or 'resident', because DALI is not installed"
         )
-    kinds: dict[str, type[Feeder]] = {"resident": ResidentFeeder, "plain": PlainFeeder, "dali": DaliFeeder}
-    return kinds[kind](config, source, order, device, start)
 
 
 def has_dali() -> bool:

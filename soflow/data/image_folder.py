@@ -20,9 +20,9 @@ from soflow.data.crop import center_crop
 from soflow.data.source import DataError, Source
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
-# Whatever the suffix says, nothing else is decoded: for PostScript, Pillow would start Ghostscript.
 # of files whose results wait in memory
 VERIFIED_AT_ONCE = 4096
+# Whatever the suffix says, nothing else is decoded: for PostScript, Pillow would start Ghostscript.
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 # What Pillow raises for files that are no images, are damaged or are far too large.
