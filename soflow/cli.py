@@ -92,7 +92,7 @@ def _train_parser() -> argparse.ArgumentParser:
     )
     only = parser.add_mutually_exclusive_group()
     only.add_argument(
-        "--dry-run", action="store_true", help="build everything, say what would be trained, write nothing"
+        "--dry-run", action="store_true", help="build everything but the VAE, say what would be trained, write nothing"
     )
     only.add_argument("--print-config", action="store_true", help="print the complete configuration as YAML and stop")
     only.add_argument("--print-folder", action="store_true", help="print the run folder and stop")
@@ -140,21 +140,24 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _summary(config: "Config", resume: Path | None) -> str:
-    """What training would do, after building all of it; the weights without memory, so that any size fits."""
+    """What training would do, after building all of it but the VAE; the weights without memory: any size fits."""
     import torch
 
+    from soflow import checkpoint
     from soflow.assembly import training_ops
     from soflow.data import open_source
+    from soflow.data.feeder import require_feeder
     from soflow.distributed import resolve_device
     from soflow.flow import build_flow
     from soflow.memory import predict_peak
-    from soflow.run_folder import find_run
+    from soflow.run_folder import find_run, require_own_checkpoint
     from soflow.step import build_objective
     from soflow.trainer import require_matching_data, require_update
 
     device = resolve_device(config.engine.device)
     source = open_source(config.data)
     require_matching_data(config, source, world_size=1)
+    require_feeder(config.data)
     require_update(config, device)
     ops = training_ops(config, device)
     with torch.device("meta"):
@@ -165,6 +168,8 @@ def _summary(config: "Config", resume: Path | None) -> str:
     shape = " x ".join(map(str, source.image_shape))
     epochs = train.total_steps * train.batch_size / len(source)
     folder, start = find_run(config, resume, print)
+    if start is not None:
+        require_own_checkpoint(config, source.fingerprint, checkpoint.read(start), start)
     memory = predict_peak(config, source.image_shape, device)
     lines = {
         "network": f"{network.name}, {millions:.1f} M parameters, {shape}, {network.num_classes or 'no'} classes",

@@ -29,13 +29,20 @@ from soflow.models import NetworkBuilder
 # The data set is known by its fingerprint, wherever it lies and however it is read.
 FREE_FIELDS = {
     "": ("name", "output_dir"),
-    "train": ("log_every", "sample_every", "sample_nfe", "sample_vae", "checkpoint_every", "keep_last", "keep_every"),
+    "train": (
+        *("log_every", "sample_every", "sample_nfe", "sample_vae", "checkpoint_every", "keep_last", "keep_every"),
+        # as the number of processes is: what fits may change with it
+        "accumulation",
+    ),
     "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
     "engine": ("compile", "cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
 }
 # What a stored configuration says of its grids is of no use: one refused by now must not keep the run from being read.
 NO_GRIDS = ("train.sample_every=0",)
+
+# of every DiT of the official code
+OFFICIAL_CLASSES = 1000
 
 # what a run writes before its config.yaml, and may leave without it
 BEFORE_CONFIG = ("lock", "config.yaml.tmp")
@@ -275,6 +282,10 @@ def _official_network(weights: Mapping[str, Tensor], path: Path) -> NetworkConfi
             network = NetworkConfig(name="UNet", **checkpoint.infer_unet_shape(weights))
         else:
             network = NetworkConfig(name="DiT", **checkpoint.infer_dit_shape(weights))
+            if network.num_classes == OFFICIAL_CLASSES - 1:
+                raise ValueError(
+                    f"y_embedder: got {OFFICIAL_CLASSES} rows, expected one more, of the null label (cfg_drop_rate 0?)"
+                )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     _require_network(network, FlowConfig(), weights, path)

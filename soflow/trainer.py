@@ -37,7 +37,7 @@ from soflow.vae import Vae, load_vae
 from soflow.watchdog import Watchdog
 
 GRID_COLUMNS = 10
-ADVICE = "lower optim.lr or set optim.clip_norm, and continue from the last checkpoint"
+ADVICE = "lower optim.lr or set optim.clip_norm, in a run of another name"
 
 T = TypeVar("T")
 
@@ -296,7 +296,9 @@ class Trainer:
         self.feeder.require_finite(self.processes)
         sums = self.processes.sum(self.step.sums)
         if not torch.isfinite(sums).all():
-            raise DivergedError(f"step {self.finished}: the loss is not finite; no checkpoint was written")
+            raise DivergedError(
+                f"step {self.finished}: the loss or its gradient is not finite; no checkpoint was written"
+            )
         first = self.processes.is_first
         if not (first or is_sharded(self.flow.network)):
             return

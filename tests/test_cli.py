@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import soflow
 from soflow import checkpoint, trainer
 from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
-from soflow.data import DigitsSource
+from soflow.data import DigitsSource, open_source
 from soflow.distributed import Processes
 from soflow.flow import build_flow
 from soflow.images import to_uint8
@@ -179,6 +180,14 @@ def test_dry_run_says_what_would_be_trained_and_writes_nothing(recipe, capsys, t
     assert "cpu, fp32" in text
     assert f"{tmp_path / 'runs' / 'tiny'} (from the start)" in text
     assert snapshot(tmp_path) == before
+
+
+def test_dry_run_refuses_other_data_than_those_of_the_run(trained, capsys, monkeypatch):
+    other = open_source(tiny.config(trained.parent).data)
+    monkeypatch.setattr(other, "fingerprint", "other")
+    monkeypatch.setattr("soflow.data.open_source", lambda config: other)
+    message = refusal(capsys, "train", trained.parent / "tiny.yaml", *LIKE_TRAIN, "--dry-run")
+    assert re.search(r"step-00000004: got a checkpoint of the data set \w+, expected other", message)
 
 
 @pytest.mark.parametrize("name", ["b4", "xl2"])
@@ -452,6 +461,15 @@ def test_an_official_file_of_no_known_network_is_refused_by_its_path(tmp_path, c
         capsys, "sample", path, "--grid", tmp_path / "a.png"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_official_network_without_a_null_label_is_not_taken_for_one_of_fewer_classes(monkeypatch, capsys, tmp_path):
+    with torch.device("meta"):
+        weights = build_network("DiT-B/4", num_classes=999).state_dict()
+    official = SimpleNamespace(ema=weights, model=weights, step=5)
+    monkeypatch.setattr(checkpoint, "load_official", lambda path: official)
+    message = refusal(capsys, "sample", "b4.pt", "--grid", tmp_path / "a.png")
+    assert "error: b4.pt: y_embedder: got 1000 rows, expected one more, of the null label" in message
 
 
 def untrained(folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0) -> Path:
