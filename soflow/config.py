@@ -268,7 +268,7 @@ class OptimConfig:
     nonfinite: Annotated[
         Literal["step", "skip", "stop"],
         "skip: a step whose gradient is not finite changes no weight, moment or average; stop: nor does the run go on; "
-        "step: it is a step like any other",
+        "step: it changes them, and the run stops at the next line of the log or checkpoint",
     ] = "step"
     max_bad_steps: Annotated[int, "steps in a row whose gradient is not finite, after which the run stops"] = 10
     backend: Annotated[

@@ -1,7 +1,7 @@
 """What works on this machine, what is missing, what is broken, and why: the facts that `soflow doctor` prints.
 
-A check uses what it reports on, because many a package fails only at its first call. Importing this module imports
-nothing that it checks.
+Checks of what is optional use it, because many a package fails only at its first call; the required packages and the
+CUDA extension are imported. Importing this module imports nothing that it checks.
 """
 
 import importlib

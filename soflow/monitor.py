@@ -2,8 +2,8 @@
 
 Metrics, written beside the losses:
 
-    method/lipschitz            |dF| / |dx| along the look-ahead, root mean square over the consistency rows: how much
-                                the network amplifies a step along the trajectory
+    method/lipschitz            root mean square of |dF| over that of |dx| along the look-ahead, over the consistency
+                                rows: how much the network amplifies a step along the trajectory
     method/min_gap_share        share of the consistency rows whose look-ahead is the least gap, where r has no say
     method/guidance_collapse    1 while the velocity loss does not fall although the consistency loss did, else 0
 """
