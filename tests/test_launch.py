@@ -113,8 +113,10 @@ def test_slurm_starts_torchrun_on_every_node_and_ends_with_the_run(bench):
     assert not (bench / "calls" / "scontrol").exists()
 
 
-def test_slurm_passes_the_signal_on_and_queues_the_job_again(bench):
-    job = sbatch(bench, "signal")
+@pytest.mark.parametrize("end", ["signal", "starting"])
+def test_slurm_passes_the_signal_on_and_queues_the_job_again(bench, end):
+    """Also where the run has not begun: nothing is lost."""
+    job = sbatch(bench, end)
     wait_for_start(bench)
     job.send_signal(signal.SIGUSR1)
     _, errors = job.communicate(timeout=60)
@@ -128,15 +130,6 @@ def test_slurm_does_not_queue_a_failed_run_again(bench):
     assert job.returncode != 0
     assert (bench / "calls" / "srun").exists()
     assert not (bench / "calls" / "scontrol").exists()
-
-
-def test_slurm_queues_a_job_again_that_was_told_to_stop_before_it_began(bench):
-    job = sbatch(bench, "starting")
-    wait_for_start(bench)
-    job.send_signal(signal.SIGUSR1)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode == 0, errors
-    assert (bench / "calls" / "scontrol").read_text() == "requeue 4711\n"
 
 
 @pytest.mark.parametrize("state", ["complete", "stopped"])
