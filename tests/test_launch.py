@@ -28,6 +28,7 @@ trap 'say stopped; exit 1' USR1
 wait_for_signal() { touch "$CALLS/started"; while :; do sleep 0.1; done; }
 if [ "$END" = refused ]; then exit 2; fi
 if [ "$END" = starting ]; then trap 'exit 138' USR1; wait_for_signal; fi
+if [ "$END" = restarting ]; then say running; say failed; trap 'exit 138' USR1; wait_for_signal; fi
 say running
 if [ "$END" = signal ]; then wait_for_signal; fi
 say "$END"
@@ -113,9 +114,9 @@ def test_slurm_starts_torchrun_on_every_node_and_ends_with_the_run(bench):
     assert not (bench / "calls" / "scontrol").exists()
 
 
-@pytest.mark.parametrize("end", ["signal", "starting"])
+@pytest.mark.parametrize("end", ["signal", "starting", "restarting"])
 def test_slurm_passes_the_signal_on_and_queues_the_job_again(bench, end):
-    """Also where the run has not begun: nothing is lost."""
+    """Also where the run has not begun, or not again: nothing is lost."""
     job = sbatch(bench, end)
     wait_for_start(bench)
     job.send_signal(signal.SIGUSR1)
