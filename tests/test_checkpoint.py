@@ -999,11 +999,11 @@ def test_a_file_that_was_renamed_meanwhile_is_not_written_again(tmp_path: Path, 
 
 
 def test_locks_that_keep_out_their_own_process_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As those of SMB do, all but the descriptor that holds them."""
+    """As those of SMB do, which refuse what is written through another descriptor than the one that holds them."""
     path, held, write = tmp_path / "file", [], Path.write_bytes
 
     def refuse_while_held(file: Path, content: bytes) -> int:
-        if held[-1] != fcntl.LOCK_UN:
+        if content and held[-1] != fcntl.LOCK_UN:
             raise PermissionError(13, "Permission denied", str(file))
         return write(file, content)
 

@@ -70,9 +70,9 @@ def _lock(file: BufferedWriter, path: Path) -> bool:
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise
         return True
@@ -80,7 +80,8 @@ def _lock(file: BufferedWriter, path: Path) -> bool:
         # renamed since, it is what another has finished
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return False
-        path.write_bytes(b"")
+        path.write_bytes(b"\0")
+        os.truncate(path, 0)
     except FileNotFoundError:
         return False
     except PermissionError:
