@@ -112,6 +112,8 @@ def dump_config(config: Config) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # untyped there, but for its first value
     # Some non-ASCII characters (U+0085) are line breaks to YAML and would not come back.
     yaml.allow_unicode = False
+    # a text that is folded may come back with another blank
+    yaml.width = 2**31
     text = io.StringIO()
     yaml.dump(dataclasses.asdict(config), text)
     return text.getvalue()

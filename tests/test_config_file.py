@@ -325,6 +325,15 @@ def random_config(seed: int) -> Config:
     return config
 
 
+@pytest.mark.parametrize(
+    "root", ["données/Équipe générative/modèles pré-entraînés/vérité terrain/latents imagenet", "a  b" * 99]
+)
+def test_long_texts_come_back_without_other_blanks(root):
+    config = parse_config(TEXT, "my.yaml")
+    config = dataclasses.replace(config, output_dir=root)
+    assert parse_config(dump_config(config), "dump") == config
+
+
 def test_any_values_come_back():
     base = parse_config(TEXT, "my.yaml")
     configs = [random_config(seed) for seed in range(200)]
