@@ -998,6 +998,17 @@ def test_a_file_that_was_renamed_meanwhile_is_not_written_again(tmp_path: Path, 
     assert names(tmp_path) == {"file"}
 
 
+def test_a_disk_without_room_for_a_byte_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(file: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left") as refused, checkpoint.replacing(tmp_path / "file"):
+        pytest.fail("wrote to a full disk")
+    assert refused.value.filename == str(tmp_path / "file")
+    assert names(tmp_path) == set()
+
+
 def test_locks_that_keep_out_their_own_process_are_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As those of SMB do, which refuse what is written through another descriptor than the one that holds them."""
     path, held, write = tmp_path / "file", [], Path.write_bytes

@@ -87,6 +87,9 @@ def _lock(file: BufferedWriter, path: Path) -> bool:
     except PermissionError:
         # SMB: such a lock keeps out all that is not `file`, this process included
         fcntl.flock(file, fcntl.LOCK_UN)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
