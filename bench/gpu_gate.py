@@ -37,7 +37,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from typing import Any
 import torch
 
 from bench.extension import find_nvcc
+from bench.machine import installed_version
 
 ROOT = Path(__file__).parents[1]
 GATE_MODELS = ("DiT-B/4", "DiT-L/2")
@@ -365,11 +365,7 @@ def machine() -> dict[str, Any]:
     """Return what the figures depend on: GPU, driver, versions and commit."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader"]
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    for package in ("triton", "numpy"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions |= {package: installed_version(package) for package in ("triton", "numpy")}
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),

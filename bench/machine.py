@@ -13,10 +13,13 @@ def machine() -> dict[str, str | None]:
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else (models or [platform.machine()])[0]
-    found: dict[str, str | None] = {"device": device, "system": platform.system(), "python": platform.python_version()}
-    for name in ("torch", "numpy", "scikit-learn"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    packages = {name: installed_version(name) for name in ("torch", "numpy", "scikit-learn")}
+    return {"device": device, "system": platform.system(), "python": platform.python_version(), **packages}
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -59,8 +59,7 @@ def _sample_parser() -> argparse.ArgumentParser:
         "Draw one image per seed. The classes take turns: image i has the i-th seed and class i modulo the number of "
         "classes, so the number of seeds must be a multiple of it. An image depends on its seed, its class, --nfe "
         "and --sampler and, but for rounding, not on the other images or the batch size. Several processes draw the "
-        "same file: torchrun "
-        "--nproc-per-node N -m soflow.cli sample ...",
+        "same file: torchrun --nproc-per-node N -m soflow.cli sample ...",
         "examples:\n"
         "  soflow sample runs/digits --grid digits.png                  10 images of each of 10 classes, a row each\n"
         "  soflow sample runs/digits --seeds 0-49999 --npz samples.npz  5,000 of each\n"

@@ -59,15 +59,12 @@ def _dali_decoder(device: torch.device) -> Decoder:
         if on_gpu:
             # each thread has one of its own, the first if nothing says otherwise, and DALI comes back to it
             torch.cuda.set_device(device)
-        with its_device:
-            return run_there(contents)
-
-    def run_there(contents: Sequence[bytes]) -> list[Tensor]:
-        files = ndd.as_batch([ndd.as_tensor(np.frombuffer(content, dtype=np.uint8)) for content in contents])
         # Fancy upsampling is what the CPU does: without it the bits would differ between the two.
         settings = {"device": "gpu", "jpeg_fancy_upsampling": True} if on_gpu else {"device": "cpu"}
-        images = ndd.decoders.image(files, adjust_orientation=False, **settings)
-        return [from_dlpack(image.evaluate()).clone() for image in images.tensors]
+        with its_device:
+            files = ndd.as_batch([ndd.as_tensor(np.frombuffer(content, dtype=np.uint8)) for content in contents])
+            images = ndd.decoders.image(files, adjust_orientation=False, **settings)
+            return [from_dlpack(image.evaluate()).clone() for image in images.tensors]
 
     def run_each(contents: Sequence[bytes]) -> list[Tensor | None]:
         if not contents:
