@@ -49,7 +49,7 @@ def print_notice(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), *, accept_official: bool = True) -> Config:
     """Return the configuration of a YAML file, changed by overrides `section.field=value` (the last of a field wins).
 
     Raises ConfigError for a file that cannot be read and for everything `parse_config` refuses.
@@ -60,14 +60,20 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8 text: {error}") from error
-    return parse_config(text, str(path), overrides)
+    return parse_config(text, str(path), overrides, accept_official=accept_official)
 
 
 def parse_config(
-    text: str, origin: str, overrides: Sequence[str] = (), notice: Callable[[str], None] = print_notice
+    text: str,
+    origin: str,
+    overrides: Sequence[str] = (),
+    notice: Callable[[str], None] = print_notice,
+    *,
+    accept_official: bool = True,
 ) -> Config:
     """Return the configuration of a YAML text; `origin` names it in messages, `notice` receives remarks.
 
+    accept_official: whether a file in the official keys is translated, or refused.
     Raises ConfigError for malformed YAML, unknown or missing fields, wrong types and values `Config` refuses: all of
     them at once, except that what `Config` itself checks is only known when the fields have their types.
     """
@@ -75,6 +81,8 @@ def parse_config(
     if not isinstance(raw, dict):
         raise ConfigError(f"{origin}: got {_shorten.repr(raw)}, expected the sections {_field_names(Config)}")
     official = official_config.is_official(raw)
+    if official and not accept_official:
+        raise ConfigError(f"{origin}: got a configuration of the official code, expected one that this engine wrote")
     if official:
         try:
             raw, ignored = official_config.translate(raw)

@@ -65,7 +65,8 @@ class RunFolder:
 
     def read_config(self) -> Config:
         """Return the configuration as the run was last continued, less its grids; ConfigError as `load_config`."""
-        return load_config(self.config, NO_GRIDS)
+        # the official code's working folders hold a config.yaml too, and are not to be trained in
+        return load_config(self.config, NO_GRIDS, accept_official=False)
 
     def newest_step(self) -> int:
         """Return the highest step of a checkpoint there, sound or not; 0 where there is none."""

@@ -275,6 +275,13 @@ def test_folder_that_is_no_run_is_refused(tmp_path):
         Trainer(tiny.config(tmp_path, "name=file"), ALONE)
 
 
+def test_folder_of_the_official_code_is_refused(tmp_path):
+    (tmp_path / "tiny" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "tiny" / "config.yaml").write_text("working_dir: exps/tiny\n")
+    with pytest.raises(ConfigError, match=r"tiny/config\.yaml: got a configuration of the official code, expected one"):
+        Trainer(tiny.config(tmp_path), ALONE)
+
+
 def test_a_disk_that_is_full_at_first_is_named_and_leaves_the_name_usable(tmp_path):
     config = tiny.config(tmp_path)
     for limit, file in ((0, "lock"), (100, "config.yaml")):
