@@ -771,10 +771,12 @@ def test_official_file_with_a_missing_or_wrong_entry_is_refused(tmp_path: Path, 
 
 def test_official_file_with_other_names_or_values_is_refused(tmp_path: Path, content: dict):
     path = tmp_path / "other.pt"
-    for weights in ({"pos_embed": torch.zeros(1)}, {"network.pos_embed": 1.0}, {3: torch.zeros(1)}):
+    wrong = torch.zeros(1, device="meta"), torch.zeros(1).to_sparse(), torch.zeros(1, dtype=torch.int64), 1.0
+    for weights in ({"pos_embed": torch.zeros(1)}, {3: torch.zeros(1)}, *({"network.pos_embed": w} for w in wrong)):
         torch.save({**content, "ema_model": weights}, path)
         with pytest.raises(
-            CheckpointError, match=r"ema_model\[.*\], expected tensors under names that start with 'network\.'"
+            CheckpointError,
+            match=r"ema_model\[.*\], expected dense floating-point tensors under names that start with 'network\.'",
         ):
             load_official(path)
     torch.save({**content, "optimizer": {"state": {}}}, path)

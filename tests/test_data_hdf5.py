@@ -109,6 +109,20 @@ def test_file_that_is_none_or_missing_is_refused(tmp_path):
             Hdf5Source(path)
 
 
+def test_labels_that_cannot_be_read_are_named(tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    with h5py.File(tmp_path / "official.hdf5", "a") as file:
+        labels = file["labels"][()]
+        del file["labels"]
+        file.create_dataset("labels", data=labels, chunks=(16,), fletcher32=True)
+        place = file["labels"].id.get_chunk_info(0).byte_offset
+    damaged = bytearray((tmp_path / "official.hdf5").read_bytes())
+    damaged[place] ^= 1
+    (tmp_path / "official.hdf5").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"official\.hdf5: labels: cannot be read"):
+        Hdf5Source(tmp_path / "official.hdf5")
+
+
 def test_without_h5py_the_package_is_named(tmp_path, monkeypatch):
     latent_folders.write_hdf5(tmp_path / "official.hdf5")
     monkeypatch.setitem(sys.modules, "h5py", None)

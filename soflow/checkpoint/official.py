@@ -195,9 +195,16 @@ def _official_entry(path: Path, content: dict[str, Any], key: str, kind: type) -
 def _official_weights(path: Path, content: dict[str, Any], key: str) -> dict[str, Tensor]:
     weights = {}
     for name, tensor in _official_entry(path, content, key, dict).items():
-        if not isinstance(name, str) or not name.startswith(OFFICIAL_PREFIX) or not isinstance(tensor, Tensor):
+        if not isinstance(name, str) or not name.startswith(OFFICIAL_PREFIX) or not _is_dense(tensor):
             raise CheckpointError(
-                f"{path}: {key}[{name!r}], expected tensors under names that start with {OFFICIAL_PREFIX!r}"
+                f"{path}: {key}[{name!r}], expected dense floating-point tensors under names that start with "
+                f"{OFFICIAL_PREFIX!r}"
             )
         weights[name.removeprefix(OFFICIAL_PREFIX)] = tensor
     return weights
+
+
+def _is_dense(value: object) -> bool:
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout == torch.strided and not value.is_meta
+    )

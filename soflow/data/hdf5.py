@@ -7,7 +7,7 @@ scalars `amount` = N and `latent_size` = H = W. Source: the official latent_data
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -55,8 +55,7 @@ class Hdf5Source(Source):
             )
         if dtype not in (np.float16, np.float32):
             raise DataError(f"{self.path}: latents: got {dtype}, expected float32 or float16")
-        labels = self._file["labels"][()]
-        self.labels = checked_labels(labels, amount, num_classes, f"{self.path}: labels")
+        self.labels = checked_labels(self._whole("labels"), amount, num_classes, f"{self.path}: labels")
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
         self.stored_shape, self.stored_dtype = tuple(shape[1:]), torch.float16 if dtype.itemsize == 2 else torch.float32
         self.image_shape = (shape[1] // 2, size, size)
@@ -96,10 +95,16 @@ class Hdf5Source(Source):
             )
 
     def _number(self, name: str) -> int:
-        value = self._file[name][()]
+        value = self._whole(name)
         if not isinstance(value, np.integer):
             raise DataError(f"{self.path}: {name}: got {value!r}, expected one whole number")
         return int(value)
+
+    def _whole(self, name: str) -> Any:
+        try:
+            return self._file[name][()]
+        except OSError as error:
+            raise DataError(f"{self.path}: {name}: cannot be read: {error}") from error
 
     def _read(self, rows: np.ndarray) -> np.ndarray:
         try:
