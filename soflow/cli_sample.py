@@ -108,10 +108,9 @@ def _sample_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--vae",
-        default=OFFICIAL_VAE,
         metavar="NAME",
-        help="for networks of latents: folder of a diffusers AutoencoderKL, or its name on the hub "
-        f"(default {OFFICIAL_VAE})",
+        help="decodes what is drawn: folder of a diffusers AutoencoderKL, or its name on the hub (default: none where "
+        f"the run is of images, and {OFFICIAL_VAE} where it is of latents)",
     )
     add_weights(parser)
     parser.add_argument(
@@ -163,28 +162,30 @@ def _draw_and_write(args: argparse.Namespace, processes: "Processes") -> None:
 def _prepare(args: argparse.Namespace, processes: "Processes") -> _Task:
     """Load what draws, the same in every process."""
     from soflow import images
-    from soflow.export import is_export, read_export
-    from soflow.run_folder import load_flow
+    from soflow.run_folder import flow_of, read_trained
     from soflow.vae import load_vae
 
     with processes.failing_together():
         for path in filter(None, (args.grid, args.npz) if processes.is_first else ()):
             images.require_writable(path)
-        flow, step = load_flow(args.path, args.weights, processes.device, args.sampler)
-        # an export holds one kind, whichever was asked for
-        weights = read_export(args.path).kind if is_export(args.path) else args.weights
+        trained = read_trained(args.path, args.weights)
+        flow = flow_of(trained, args.path, processes.device, args.sampler)
         network: Any = flow.network
         require_calls("--nfe", args.nfe, flow.sampler)
         classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
-        vae = None if network.in_channels in images.IMAGE_CHANNELS else load_vae(args.vae, processes.device)
-        if vae is not None:
+        vae = None
+        if args.vae is not None or trained.of_latents:
+            vae = load_vae(args.vae or OFFICIAL_VAE, processes.device)
             vae.require_channels("--vae", network.in_channels)
-    first_step = processes.agree(step)
+    first_step = processes.agree(trained.step)
     with processes.failing_together():
         # the newest checkpoint of a run that goes on may have changed in between
-        if step != first_step:
-            raise UsageError(f"{args.path}: got step {step} here and {first_step} in process 0, expected a step folder")
-    return _Task(flow, vae, weights, step, classes, seeds)
+        if trained.step != first_step:
+            raise UsageError(
+                f"{args.path}: got step {trained.step} here and {first_step} in process 0, expected a step folder"
+            )
+    # an export holds one kind, whichever was asked for
+    return _Task(flow, vae, trained.kind, trained.step, classes, seeds)
 
 
 def _choose_images(

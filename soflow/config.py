@@ -55,6 +55,13 @@ UNUSED = {
 }
 # the sources of what a VAE has to decode
 LATENT_SOURCES = ("latents", "hdf5")
+# grey or colour
+IMAGE_CHANNELS = (1, 3)
+
+
+def are_latents(channels: int) -> bool:
+    """Whether a network of so many channels draws latents, where nothing but its shape is known."""
+    return channels not in IMAGE_CHANNELS
 
 
 def require(name: str, value: Any, valid: bool, expected: str) -> None:
@@ -436,6 +443,13 @@ class Config:
     def folder(self) -> Path:
         """The run folder: output_dir/name."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def of_latents(self) -> bool:
+        """Whether the network draws latents, which a VAE has to decode; of own data a VAE for the grids says so too."""
+        if self.data.source == "own":
+            return self.train.sample_vae is not None or are_latents(self.network.in_channels)
+        return self.data.source in LATENT_SOURCES
 
     def _require_what_the_objective_takes(self) -> None:
         name, flow = self.objective.name, self.flow

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate, sync, sync_folder
-from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, require_sampler
+from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, are_latents, require_sampler
 from soflow.config_file import ConfigError, parse_section
-from soflow.images import IMAGE_CHANNELS
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -84,13 +83,15 @@ VELOCITY_NFE = 64
 class Trained:
     """Weights of a network, and what they belong to.
 
-    objective: what trained them.  kind: ema (averaged) or model (of the last step).  sigma_rel: width of the profile
-    that the average was rebuilt for (`rebuild_average`), None where it is the run's own.
+    objective: what trained them.  of_latents: whether a VAE has to decode what they draw.  kind: ema (averaged) or
+    model (of the last step).  sigma_rel: width of the profile that the average was rebuilt for (`rebuild_average`),
+    None where it is the run's own.
     """
 
     network: NetworkConfig
     flow: FlowConfig
     objective: str
+    of_latents: bool
     weights: Mapping[str, Tensor]
     kind: str
     step: int
@@ -114,6 +115,7 @@ def write_export(folder: Path, trained: Trained) -> None:
         "network": dataclasses.asdict(trained.network),
         "flow": dataclasses.asdict(trained.flow),
         "objective": trained.objective,
+        "of_latents": trained.of_latents,
         "weights": trained.kind,
         "sigma_rel": trained.sigma_rel,
         "step": trained.step,
@@ -154,6 +156,7 @@ def read_export(folder: Path) -> Trained:
         # exports once did not say: no more than their own sampler promises
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
         require_sampler("flow.sampler", flow.sampler, objective)
+        of_latents = bool(described.get("of_latents", are_latents(network.in_channels)))
         kind, step = str(described["weights"]), int(described["step"])
         width = described.get("sigma_rel")
         sigma_rel = None if width is None else float(width)
@@ -167,7 +170,14 @@ def read_export(folder: Path) -> Trained:
         raise CheckpointError(f"{path}: expected what soflow export writes: {error!r}") from error
     weights = load_tensors(folder / WEIGHTS)
     return Trained(
-        network=network, flow=flow, objective=objective, weights=weights, kind=kind, step=step, sigma_rel=sigma_rel
+        network=network,
+        flow=flow,
+        objective=objective,
+        of_latents=of_latents,
+        weights=weights,
+        kind=kind,
+        step=step,
+        sigma_rel=sigma_rel,
     )
 
 
@@ -175,12 +185,11 @@ def _model_card(trained: Trained) -> str:
     network, flow = trained.network, trained.flow
     tag, learned = LEARNED[trained.objective]
     nfe = VELOCITY_NFE if flow.sampler in VELOCITY_SAMPLERS else 1
-    of_images = network.in_channels in IMAGE_CHANNELS
     tags = [tag, *["one-step-generation"] * (nfe == 1), *["class-conditional"] * (network.num_classes > 0)]
     return MODEL_CARD.format(
         name=network.name,
         tags=", ".join(tags),
-        drawn="an image" if of_images else "the latent of an image",
+        drawn="the latent of an image" if trained.of_latents else "an image",
         calls="one network call" if nfe == 1 else f"{nfe} network calls",
         learned=learned,
         millions=sum(tensor.numel() for tensor in trained.weights.values()) / 1e6,
@@ -194,10 +203,10 @@ def _model_card(trained: Trained) -> str:
         weights=_weights_called(trained),
         step=trained.step,
         nfe=nfe,
-        result="images" if of_images else "latents",
+        result="latents" if trained.of_latents else "images",
         labels=f"torch.arange(4) % {network.num_classes}" if network.num_classes else "None",
-        imports="" if of_images else "from soflow.vae import load_vae\n",
-        decoding="" if of_images else DECODING.format(vae=OFFICIAL_VAE),
+        imports="from soflow.vae import load_vae\n" if trained.of_latents else "",
+        decoding=DECODING.format(vae=OFFICIAL_VAE) if trained.of_latents else "",
     )
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from soflow.checkpoint import replacing
 
-# grey or colour; with any other number a network draws latents, which a VAE has to decode
-IMAGE_CHANNELS = (1, 3)
 BORDER = 1
 BORDER_VALUE = 255
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from soflow import checkpoint
 from soflow.assembly import choose_ops
 from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
-from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, require_sampler
+from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, are_latents, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, is_export, read_export
@@ -197,13 +197,25 @@ def load_flow(
     one that needs what the network was not trained for.  network: what built it, where network.name is own.
     """
     trained = read_trained(path, weights)
+    return flow_of(trained, path, device, sampler, network=network), trained.step
+
+
+def flow_of(
+    trained: Trained,
+    path: Path,
+    device: torch.device | str = "cpu",
+    sampler: Sampler | None = None,
+    *,
+    network: NetworkBuilder | None = None,
+) -> SolutionFlow:
+    """Return the flow of `trained`, which was read from `path`; the rest is as for `load_flow`."""
     if sampler is not None:
         require_sampler("sampler", sampler, trained.objective)
         trained = dataclasses.replace(trained, flow=dataclasses.replace(trained.flow, sampler=sampler))
     flow = build_flow(trained.network, trained.flow, choose_ops("auto", torch.device(device)), network)
     require_weights(flow.network.state_dict(), trained.weights, path)
     flow.network.load_state_dict(dict(trained.weights))
-    return flow.to(device).requires_grad_(False).eval(), trained.step
+    return flow.to(device).requires_grad_(False).eval()
 
 
 def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
@@ -218,7 +230,13 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
         state = official.ema if weights == "ema" else official.model
         network = _official_network(state, path)
         return Trained(
-            network=network, flow=FlowConfig(), objective="soflow", weights=state, kind=weights, step=official.step
+            network=network,
+            flow=FlowConfig(),
+            objective="soflow",
+            of_latents=are_latents(network.in_channels),
+            weights=state,
+            kind=weights,
+            step=official.step,
         )
     if is_export(path):
         trained = read_export(path)
@@ -260,6 +278,7 @@ def _trained(config: Config, step: int, weights: Mapping[str, Tensor], kind: str
         network=config.network,
         flow=config.flow,
         objective=config.objective.name,
+        of_latents=config.of_latents,
         weights=weights,
         kind=kind,
         step=step,

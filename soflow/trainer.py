@@ -11,11 +11,11 @@ from torch import Tensor
 
 from soflow import checkpoint
 from soflow.assembly import assemble, training_ops
-from soflow.config import Config, EngineConfig
+from soflow.config import Config, EngineConfig, are_latents
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
-from soflow.images import IMAGE_CHANNELS, grid, save_png, to_uint8
+from soflow.images import grid, save_png, to_uint8
 from soflow.log import NullLog, RunLog
 from soflow.memory import require_memory
 from soflow.meters import Meter, peak_flops
@@ -356,7 +356,7 @@ def require_matching_data(config: Config, source: Source, world_size: int) -> No
             f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
             f"{config.data.source} has, or 0 for unconditional"
         )
-    if channels not in IMAGE_CHANNELS and train.sample_every and train.sample_vae is None:
+    if are_latents(channels) and train.sample_every and train.sample_vae is None:
         raise RunError(
             f"train.sample_every: got {train.sample_every}, expected 0, or a VAE in train.sample_vae, "
             f"because the data set {config.data.source} has {channels} channels, which are no image"

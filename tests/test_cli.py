@@ -472,12 +472,15 @@ def test_an_official_network_without_a_null_label_is_not_taken_for_one_of_fewer_
     assert "error: b4.pt: y_embedder: got 1000 rows, expected one more, of the null label" in message
 
 
-def untrained(folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0) -> Path:
+def untrained(
+    folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0, of_latents: bool = False
+) -> Path:
     """A step folder of a network that was not trained."""
+    data = "{source: latents, root: x}" if of_latents else "{source: digits}"
     config = parse_config(
         "{name: x, network: {name: DiT, input_size: 4, patch_size: 2, hidden_size: 8, depth: 1, num_heads: 1, "
-        f"num_classes: {num_classes}, in_channels: {channels}}}, data: {{source: digits}}, "
-        "train: {total_steps: 1, batch_size: 1}}",
+        f"num_classes: {num_classes}, in_channels: {channels}}}, data: {data}, "
+        "train: {total_steps: 1, batch_size: 1, sample_every: 0}}",
         "test",
     )
     flow = build_flow(config.network, config.flow, reference)
@@ -538,23 +541,25 @@ def test_colour_images(tmp_path):
     assert not np.array_equal(images[..., 0], images[..., 1])
 
 
-def test_latents_become_images_by_the_vae(tmp_path):
+@pytest.mark.parametrize("channels", [3, 4])
+def test_latents_become_images_by_the_vae(tmp_path, channels):
     """One seed at a time or all at once: the images are the decoded samples, to the last bit of rounding."""
-    folder, vae = untrained(tmp_path, channels=4), tiny_vae.save(tmp_path)
+    folder = untrained(tmp_path, channels=channels, of_latents=True)
+    vae = tiny_vae.save(tmp_path, latent_channels=channels)
     argv = ["sample", str(folder), "--seeds", "0-9", "--npz", str(tmp_path / "a.npz"), "--vae", str(vae)]
     assert main(argv) == 0
     images = drawn(tmp_path / "a.npz")
     assert images.shape == (10, 8, 8, 3)
     flow, _ = load_flow(folder)
-    noise, _ = sample_noise(torch.arange(10), (4, 4, 4))
+    noise, _ = sample_noise(torch.arange(10), (channels, 4, 4))
     with torch.no_grad():
-        latents = sample(flow, None, (10, 4, 4, 4), noise=noise)
-        expected = to_uint8(tiny_vae.network().eval().decode(latents / 0.18215).sample)
+        latents = sample(flow, None, (10, channels, 4, 4), noise=noise)
+        expected = to_uint8(tiny_vae.network(latent_channels=channels).eval().decode(latents / 0.18215).sample)
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_latents_without_their_vae_are_refused(tmp_path, capsys):
-    folder = untrained(tmp_path, channels=4)
+    folder = untrained(tmp_path, channels=4, of_latents=True)
     message = refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", "--vae", tmp_path)
     assert "expected a folder with config.json" in message
     vae = tiny_vae.save(tmp_path / "other", latent_channels=8)
@@ -573,7 +578,7 @@ def test_latents_without_their_vae_are_refused(tmp_path, capsys):
 )
 def test_what_cannot_be_drawn_is_refused_before_the_vae_is_waited_for(tmp_path, capsys, monkeypatch, argv, message):
     monkeypatch.setattr("soflow.vae.load_vae", lambda *arguments: pytest.fail("it was asked for"))
-    folder = untrained(tmp_path, channels=4, num_classes=3)
+    folder = untrained(tmp_path, channels=4, num_classes=3, of_latents=True)
     assert message in refusal(capsys, "sample", folder, "--npz", tmp_path / "a.npz", *argv)
 
 

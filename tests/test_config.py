@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from soflow.config import (
+    LATENT_SOURCES,
     Config,
     DataConfig,
     EmaConfig,
@@ -273,3 +274,23 @@ def test_grids_need_as_many_calls_as_their_sampler_makes(objective):
             config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe))
         config(**heun, train=TrainConfig(**TRAIN, sample_nfe=nfe, sample_every=0))
         config(objective=objective, flow=EULER_STEPS, train=TrainConfig(**TRAIN, sample_nfe=nfe))
+
+
+@pytest.mark.parametrize(
+    ("source", "channels", "vae", "of_latents"),
+    [
+        ("hdf5", 4, None, True),
+        ("latents", 3, None, True),
+        ("digits", 1, None, False),
+        ("own", 3, None, False),
+        ("own", 3, "vae", True),
+        ("own", 4, None, True),
+    ],
+)
+def test_what_a_network_draws_is_what_it_was_trained_with(source, channels, vae, of_latents):
+    made = config(
+        network=NetworkConfig(**{**NETWORK, "in_channels": channels}),
+        data=DataConfig(source=source, root="folder" if source in LATENT_SOURCES else None),
+        train=TrainConfig(**TRAIN, sample_every=0, sample_vae=vae),
+    )
+    assert made.of_latents is of_latents

@@ -138,23 +138,28 @@ UNET = {"name": "UNet", "input_size": 8, "model_channels": 8, "channel_mult": (1
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels", "num_classes", "objective", "sampler"),
+    ("shape", "channels", "of_latents", "num_classes", "objective", "sampler"),
     [
-        (DIT, 1, 0, "soflow", "renoise"),
-        (DIT, 3, 2, "soflow", "chain"),
-        (DIT, 1, 10, "soflow", "heun"),
-        (DIT, 1, 10, "meanflow", "chain"),
-        (DIT, 1, 10, "flow_matching", "euler"),
-        (DIT, 4, 2, "flow_matching", "heun"),
-        (DIT, 4, 1000, "soflow", "renoise"),
-        ({**UNET, "attn_resolutions": (4,)}, 3, 0, "soflow", "renoise"),
+        (DIT, 1, False, 0, "soflow", "renoise"),
+        (DIT, 3, False, 2, "soflow", "chain"),
+        (DIT, 1, False, 10, "soflow", "heun"),
+        (DIT, 1, False, 10, "meanflow", "chain"),
+        (DIT, 1, False, 10, "flow_matching", "euler"),
+        (DIT, 4, True, 2, "flow_matching", "heun"),
+        (DIT, 3, True, 2, "soflow", "renoise"),
+        (DIT, 4, True, 1000, "soflow", "renoise"),
+        ({**UNET, "attn_resolutions": (4,)}, 3, False, 0, "soflow", "renoise"),
     ],
 )
-def test_what_the_model_card_says_is_true(tmp_path, monkeypatch, shape, channels, num_classes, objective, sampler):
+def test_what_the_model_card_says_is_true(
+    tmp_path, monkeypatch, shape, channels, of_latents, num_classes, objective, sampler
+):
     network = NetworkConfig(**shape, in_channels=channels, num_classes=num_classes)
     flow = FlowConfig(sampler=sampler)
     weights = build_flow(network, flow, reference).network.state_dict()
-    trained = Trained(network=network, flow=flow, objective=objective, weights=weights, kind="ema", step=3)
+    trained = Trained(
+        network=network, flow=flow, objective=objective, of_latents=of_latents, weights=weights, kind="ema", step=3
+    )
     write_export(tmp_path / "out", trained)
     card = (tmp_path / "out" / "README.md").read_text()
 
@@ -162,16 +167,16 @@ def test_what_the_model_card_says_is_true(tmp_path, monkeypatch, shape, channels
     assert ("in one network call" in card, "one-step-generation" in card) == (one_call, one_call)
     assert ("2512.15657" in card, "2505.13447" in card) == (objective == "soflow", objective == "meanflow")
     assert "averaged after 3 training steps" in card
-    assert ("latent" in card) == (channels == 4)
+    assert ("latent" in card) == of_latents
     assert max(map(len, card.splitlines())) <= 120
 
     monkeypatch.chdir(tmp_path / "out")
-    vae = str(tiny_vae.save(tmp_path)) if channels == 4 else OFFICIAL_VAE
+    vae = str(tiny_vae.save(tmp_path, latent_channels=channels))
     names: dict = {}
     exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(OFFICIAL_VAE, vae), names)
-    assert names["images"].shape == ((4, 3, 16, 16) if channels == 4 else (4, channels, 8, 8))
+    assert names["images"].shape == ((4, 3, 16, 16) if of_latents else (4, channels, 8, 8))
     program, *argv = shlex.split(re.search(r"`(soflow sample .*?)`", card)[1])
-    assert (program, main([*argv, "--vae", vae])) == ("soflow", 0)
+    assert (program, main([*argv, *(["--vae", vae] if of_latents else [])])) == ("soflow", 0)
     with Image.open("samples.png") as picture:
         assert picture.size == (10 * 65 + 1, min(num_classes or 10, 10) * 65 + 1)
 
@@ -181,10 +186,12 @@ def test_an_export_that_does_not_name_its_objective_promises_no_more_than_its_sa
     assert main(["export", str(run), str(out)]) == 0
     described = json.loads((out / "config.json").read_text())
     assert described.pop("objective") == "soflow"
+    assert described.pop("of_latents") is False
     for sampler, objective in (("chain", "soflow"), ("euler", "flow_matching")):
         described["flow"]["sampler"] = sampler
         (out / "config.json").write_text(json.dumps(described))
         assert read_export(out).objective == objective
+        assert not read_export(out).of_latents
 
 
 def test_nothing_is_replaced(tmp_path, run, capsys):
