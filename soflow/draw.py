@@ -16,8 +16,8 @@ from soflow.times import consistency_times, logit_normal, middle_time, ordered_t
 class Share:
     """The rows of the global batch that one process trains: global positions, its velocity rows first.
 
-    Positions [0, num_velocity of the whole batch) are velocity rows; each process takes an even slice of them, then of
-    the consistency rows, so that roles, noise and times do not depend on the number of processes.
+    Positions [0, num_velocity of the whole batch) are velocity rows; each process takes an even slice of the batch and
+    of the rarer kind, so that roles, noise and times do not depend on the number of processes.
     """
 
     positions: tuple[int, ...]
@@ -30,16 +30,18 @@ class Share:
 def share_batch(batch_size: int, fm_ratio: float, rank: int, world_size: int) -> Share:
     """Return the share of process `rank` in a global batch whose first int(fm_ratio * batch_size) rows are velocity."""
     num_velocity = int(fm_ratio * batch_size)
+    num_rare = min(num_velocity, batch_size - num_velocity)
 
-    def cut(total: int, index: int) -> int:
-        return total * index // world_size
+    def before(index: int) -> tuple[int, int]:
+        """How many velocity and consistency rows the processes before `index` take."""
+        # what the rarer kind leaves of an even share the other fills, which is never fewer than no rows
+        rare, common = num_rare * index // world_size, batch_size * index // world_size
+        common -= rare
+        return (rare, common) if num_velocity == num_rare else (common, rare)
 
-    # Equal totals where the batch divides evenly: the consistency rows fill up what the velocity rows leave.
-    velocity = range(cut(num_velocity, rank), cut(num_velocity, rank + 1))
-    first = cut(batch_size, rank) - cut(num_velocity, rank)
-    last = cut(batch_size, rank + 1) - cut(num_velocity, rank + 1)
-    consistency = range(num_velocity + first, num_velocity + last)
-    return Share((*velocity, *consistency), len(velocity))
+    (velocity, consistency), (velocity_end, consistency_end) = before(rank), before(rank + 1)
+    rows = *range(velocity, velocity_end), *range(num_velocity + consistency, num_velocity + consistency_end)
+    return Share(rows, velocity_end - velocity)
 
 
 def sample_batch(

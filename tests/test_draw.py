@@ -74,16 +74,18 @@ def test_posterior_is_sampled_anew_each_step():
     assert draw([0, 1, 2]).x_0.abs().max() == 0
 
 
-@pytest.mark.parametrize(("batch_size", "fm_ratio"), [(24, 0.5), (64, 0.75), (7, 0.4), (5, 0.0), (5, 1.0)])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_shares_cover_the_batch_once(batch_size, fm_ratio, world_size):
-    shares = [share_batch(batch_size, fm_ratio, rank, world_size) for rank in range(world_size)]
-    assert sorted(p for share in shares for p in share.positions) == list(range(batch_size))
+@pytest.mark.parametrize("fm_ratio", [0.0, 0.25, 0.4, 0.5, 0.75, 0.9, 1.0])
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 20, 24, 64])
+def test_shares_cover_the_batch_once(batch_size, fm_ratio):
     num_velocity = int(fm_ratio * batch_size)
-    for share in shares:
-        assert all(p < num_velocity for p in share.positions[: share.num_velocity])
-        assert all(p >= num_velocity for p in share.positions[share.num_velocity :])
-        assert abs(len(share) - batch_size / world_size) < 1
+    for world_size in range(1, batch_size + 1):
+        shares = [share_batch(batch_size, fm_ratio, rank, world_size) for rank in range(world_size)]
+        assert sorted(p for share in shares for p in share.positions) == list(range(batch_size))
+        for share in shares:
+            assert all(p < num_velocity for p in share.positions[: share.num_velocity])
+            assert all(p >= num_velocity for p in share.positions[share.num_velocity :])
+            assert abs(len(share) - batch_size / world_size) < 1
+            assert abs(share.num_velocity - num_velocity / world_size) < 2
 
 
 def test_one_process_takes_everything():
