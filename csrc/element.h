@@ -88,7 +88,9 @@ SOFLOW_INLINE void update_element(const Coefficients& c, float g, float& w, floa
 
 SOFLOW_INLINE float average_element(double decay, bool in_double, float average, float w) {
   if (in_double) return static_cast<float>(decay * average + (1.0 - decay) * w);
-  return static_cast<float>(decay) * average + static_cast<float>(1.0 - decay) * w;
+  // as for m: factors rounded apart do not sum to 1, and the average would be of another size than the weights
+  const float weight = static_cast<float>(1.0 - decay);
+  return weight < 0.5f ? average + weight * (w - average) : w - (w - average) * static_cast<float>(decay);
 }
 
 SOFLOW_INLINE float from_bf16(uint16_t bits) {

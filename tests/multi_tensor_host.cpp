@@ -92,6 +92,10 @@ void update_element(const soflow::Group* group, double step, float g, float* w, 
   soflow::update_element(soflow::coefficients(*group, step), g, *w, *m, *v);
 }
 
+void average(double decay, bool in_double, float* average, const float* weights, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) *average = soflow::average_element(decay, in_double, *average, weights[i]);
+}
+
 void to_bf16(const float* from, uint16_t* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = soflow::to_bf16(from[i]);
 }

@@ -147,6 +147,20 @@ def test_arithmetic_of_an_element_is_torchs(library, radam, beta1):
         assert ours.value == pytest.approx(exact.item(), rel=2e-6, abs=1e-7)
 
 
+@pytest.mark.parametrize("in_double", [False, True])
+@pytest.mark.parametrize("decay", [0.3, 0.999, 0.9999])
+def test_an_average_has_the_size_of_what_it_averages(library, decay, in_double):
+    """Over as many steps as it remembers: factors that do not sum to 1 would show as 1.7e-4 at 0.9999."""
+    weights = 1 + 0.1 * torch.randn(round(5 / (1 - decay)), generator=torch.Generator().manual_seed(0))
+    ours, theirs, exact = torch.zeros(1), torch.zeros(()), 0.0
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (ours, weights))
+    library.average(ctypes.c_double(decay), ctypes.c_bool(in_double), *pointers, ctypes.c_int64(len(weights)))
+    for weight in weights:
+        theirs.lerp_(weight, 1 - decay)
+        exact = decay * exact + (1 - decay) * weight.item()
+    assert abs(ours.item() - exact) <= 2 * abs(theirs.item() - exact) + 5e-6
+
+
 def test_bf16_rounds_as_torch(library):
     words = torch.arange(0, 2**32, 65521, dtype=torch.int64).to(torch.int32)
     values = torch.cat((words.view(torch.float32), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3.4e38])))
