@@ -296,6 +296,24 @@ def test_apex_over_the_same_state(fake_apex):
         optimizers[0].step()
 
 
+def test_apex_with_groups_of_one_shape(fake_apex):
+    """Which compare as equal, tensor by tensor; the last one comes later."""
+    both = []
+    for backend in ("apex", "reference"):
+        params = [nn.Parameter(torch.ones(3)) for _ in range(3)]
+        groups = [{"params": [params[0]], "weight_decay": 0.1}, {"params": [params[1]], "weight_decay": 0.0}]
+        optimizer = Optimizer(groups, lr=1e-2, backend=backend)
+        for step in range(4):
+            if step == 2:
+                optimizer.add_param_group({"params": [params[2]], "lr": 1e-1})
+            for param in params:
+                param.grad = torch.full_like(param, 1.0 + step)
+            optimizer.step()
+        both.append(params)
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_apex_absent_or_broken():
     """Whatever this machine has: none, another package of that name, or one that cannot be constructed."""
     finding = doctor.run_check("NVIDIA apex", doctor.check_apex)

@@ -28,8 +28,13 @@ class Apex(Reference):
 
     def _move(self, groups: list[tuple[dict[str, Any], list[tuple[Tensor, Tensor]]]]) -> None:
         optimizer, theirs = self._optimizer, self._fused_adam
+        for group in optimizer.param_groups[len(theirs.param_groups) :]:
+            theirs.add_param_group({"params": group["params"]})
+        # by identity: groups that compare as equal would compare their tensors
+        inner_of = {}
         for group, inner in zip(optimizer.param_groups, theirs.param_groups, strict=True):
             inner.update({key: group[key] for key in GROUP_SETTINGS})
+            inner_of[id(group)] = inner
         for group, pairs in groups:
             states = [optimizer.state[param] for param, _ in pairs]
             done = {int(state["step"].item()) for state in states}
@@ -38,7 +43,7 @@ class Apex(Reference):
                     f"optim.backend: got 'apex' with parameters after {sorted(done)} steps, expected one number: apex "
                     "counts the steps of a param group, not of a parameter"
                 )
-            theirs.param_groups[optimizer.param_groups.index(group)]["step"] = done.pop()
+            inner_of[id(group)]["step"] = done.pop()
             for (param, _), state in zip(pairs, states, strict=True):
                 theirs.state[param] = {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
                 state["step"] += 1
