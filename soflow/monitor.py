@@ -43,11 +43,11 @@ class Monitor:
     def observe(self, means: Mapping[str, float]) -> Observation:
         """Return the metrics of an interval with these means, where `WATCHED` became the metrics of the method.
 
-        Without consistency rows there is nothing to watch, and none of them.
+        Without consistency rows, or where every step was skipped (NaN), there is nothing to watch, and none of them.
         """
         metrics = {name: mean for name, mean in means.items() if name not in WATCHED}
         dx_square, dF_square, min_gap_share = (means[name] for name in WATCHED)
-        if dx_square == 0:
+        if not dx_square > 0:
             return Observation(metrics, None)
         before = self._collapsed
         self._history.append((means["loss/velocity_mse"], means["loss/consistency_mse"]))

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from soflow.monitor import WINDOW, Monitor, Observation
+from soflow.monitor import WATCHED, WINDOW, Monitor, Observation
 
 
 def observe(monitor: Monitor, velocity: float, consistency: float) -> Observation:
@@ -64,6 +64,17 @@ def test_nothing_to_watch_without_consistency_rows():
     watched = {"method/dx_square": 0.0, "method/dF_square": 0.0, "method/min_gap_share": 0.0}
     assert monitor.observe(means | watched) == (means, None)
     assert monitor.state_dict() == Monitor().state_dict()
+
+
+def test_an_interval_of_skipped_steps_is_passed_over():
+    whole, interrupted = Monitor(), Monitor()
+    expected = run(whole, COLLAPSE)
+    flags, onsets = run(interrupted, COLLAPSE[:11])
+    nothing = dict.fromkeys(("loss/velocity_mse", "loss/consistency_mse", *WATCHED), math.nan)
+    metrics, warning = interrupted.observe(nothing)
+    assert (metrics.keys(), warning) == ({"loss/velocity_mse", "loss/consistency_mse"}, None)
+    more_flags, more_onsets = run(interrupted, COLLAPSE[11:])
+    assert (flags + more_flags, onsets + [11 + number for number in more_onsets]) == expected
 
 
 def test_collapse_is_told_at_its_onset_only():
