@@ -2,7 +2,7 @@
 
 Exit codes: 0 done; 1 the training diverged, a process is lost, or the doctor found something required that does not
 work; 2 bad input, or a disk that refuses, with one message on stderr; 3 the training was stopped by a signal, after it
-saved its state (of several processes 0); 130 interrupted at once.
+saved its state (under torchrun, or of several processes, 0); 130 interrupted at once.
 """
 
 import argparse
@@ -120,6 +120,8 @@ def _train(args: argparse.Namespace) -> int:
             "would drop what was trained since; the same command without it continues from the newest checkpoint"
         )
 
+    from torch.distributed import is_torchelastic_launched
+
     from soflow.distributed import join_processes
     from soflow.trainer import DivergedError, Trainer
     from soflow.watchdog import PeerError
@@ -136,7 +138,7 @@ def _train(args: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     # torchrun takes every other code for a failure, and would start a stopped run again: status.json tells them apart
-    return DONE if complete or processes.world_size > 1 else STOPPED
+    return DONE if complete or processes.world_size > 1 or is_torchelastic_launched() else STOPPED
 
 
 def _summary(config: "Config", resume: Path | None) -> str:

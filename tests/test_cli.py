@@ -310,6 +310,14 @@ def test_a_stop_by_a_signal_is_exit_code_3(recipe, capsys, monkeypatch):
     assert main(["train", str(recipe)]) == 0
 
 
+def test_a_stop_is_no_failure_to_torchrun(recipe, capsys, monkeypatch):
+    """Or it would start even a single process again, which would train on."""
+    monkeypatch.setattr(trainer.Trainer, "_heed", lambda self, votes, writer: self.finished == 5)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["train", str(recipe)]) == 0
+    assert "step 5, stopped, the same command continues it" in capsys.readouterr().out
+
+
 def test_an_interrupt_is_exit_code_130(recipe, capsys, monkeypatch):
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
