@@ -141,12 +141,12 @@ class TrainingStep:
         self.optimizer.step()
         self._accumulate(means)
 
-    def most_bad_in_row(self) -> int:
+    def most_bad_in_row(self, *, wait: bool = False) -> int:
         """Return the most steps in a row so far without a finite gradient; on a GPU as it was some steps ago.
 
-        To be called after every step; waits for nothing.
+        To be called after every step, when it waits for nothing; wait: for the last one.
         """
-        if self.device.type == "cpu":
+        if wait or self.device.type == "cpu":
             return int(self._most_bad)
         if self._copied is None or self._copied.query():
             self._most_bad_seen = int(self._most_bad_copy)

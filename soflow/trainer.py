@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -165,6 +165,9 @@ class Trainer:
                         self._save(writer)
                 watchdog.beat(self.finished)
             self._heed(ballot.result(), writer)
+            # the votes of a GPU knew of the steps before; the same in every process
+            if self.step.most_bad_in_row(wait=True) >= self._bad_steps_allowed:
+                self._give_up()
             if self.finished < train.total_steps and self.finished % train.checkpoint_every:
                 self._save(writer)
             # a torchrun that ends is a reason for Slurm to end the others: none does while the first process writes
@@ -176,14 +179,17 @@ class Trainer:
         if unsaved:
             self._on_first(writer.wait)
         if diverging:
-            self.feeder.require_finite(self.processes)
-            raise DivergedError(
-                f"step {self.finished}: {self._bad_steps_allowed} step(s) in a row had no finite gradient; {ADVICE}"
-            )
+            self._give_up()
         return stop
 
     def _is_diverging(self) -> bool:
         return self.step.most_bad_in_row() >= self._bad_steps_allowed
+
+    def _give_up(self) -> NoReturn:
+        self.feeder.require_finite(self.processes)
+        raise DivergedError(
+            f"step {self.finished}: {self._bad_steps_allowed} step(s) in a row had no finite gradient; {ADVICE}"
+        )
 
     @property
     def _bad_steps_allowed(self) -> int:

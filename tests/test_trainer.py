@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -449,6 +450,31 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
     assert trainer.optimizer.skipped == 4
     for network in (trainer.flow.network, trainer.ema.network):
         assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("until", [None, 6])
+def test_a_bad_gradient_in_the_last_step_is_not_missed(tmp_path, monkeypatch, until):
+    """Where a step's count is known late, as on a GPU, at the end of a run and at a stop."""
+    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=stop", "train.log_every=100"), ALONE)
+    count, last = trainer.step.most_bad_in_row, until or 8
+    monkeypatch.setattr(trainer.step, "most_bad_in_row", lambda wait=False: count() if wait else 0)
+    bias = trainer.flow.network.final_layer.linear.bias
+    bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished == last - 1 else 1.0))
+    with pytest.raises(DivergedError, match=rf"step {last}: 1 step\(s\) in a row had no finite gradient"):
+        trainer.fit(until)
+    assert json.loads(trainer.folder.status.read_text())["state"] == "failed"
+
+
+@pytest.mark.parametrize("num_processes", [3, 6, 7])
+def test_an_interval_that_many_processes_skipped_has_no_means(tmp_path, num_processes):
+    """Each adds its part of 1 per step, and thirds of them do not sum to whole numbers."""
+    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=skip"), ALONE)
+    for _ in range(3 * num_processes):
+        trainer.step.sums[-1] += 1.0 / num_processes
+    trainer.step.num_summed = trainer.finished = 3
+    means = trainer._interval_means()
+    assert means["skipped_steps"] == 3.0
+    assert math.isnan(means["loss/total"])
 
 
 def test_a_checkpoint_is_hashed_once_when_it_is_continued(tmp_path, monkeypatch):
