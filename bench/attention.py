@@ -4,7 +4,8 @@
 
 Needs a GPU. First table: attention on packed qkv in bf16, forward and forward + backward, by our kernels and by each
 backend of PyTorch's scaled_dot_product_attention, medians of captured calls by turns in one run, cold L2: what
-`soflow.kernels.tuning.attention_is_fused` waits for. A way whose result is not that of float32 is not timed.
+`soflow.kernels.tuning.attention_is_fused` waits for. PyTorch's backward adds with atomics; "ordered" is without, as a
+training has it (`engine.deterministic`), which cudnn refuses. A way whose result is not that of float32 is not timed.
 
 Second table: the joint call of a network (F of every row with gradient, the difference of a quarter of them riding
 along) against what it replaces: F with gradient, and another evaluation of that quarter. bf16, forward only.
@@ -24,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.timing import median_ms
 from soflow import kernels
+from soflow.determinism import choose_algorithms
 from soflow.kernels import reference, self_attention
 from soflow.models import build_network
 from soflow.precision import working_copy
@@ -35,6 +37,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+ORDERED = ", ordered"
 NETWORKS = ("DiT-B/4", "DiT-B/2")
 # of bf16, whose largest outputs the float32 ones are compared with
 TOLERANCE = 0.02
@@ -42,7 +45,7 @@ DEVICE = "cuda"
 
 
 def ways(num_heads: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return attention of packed qkv by name: ours, and every backend of PyTorch."""
+    """Return attention of packed qkv by name: ours, and every backend of PyTorch, as it comes and ordered."""
 
     def library(backend: SDPBackend) -> Callable[[Tensor], Tensor]:
         def attention(qkv: Tensor) -> Tensor:
@@ -52,7 +55,8 @@ def ways(num_heads: int) -> dict[str, Callable[[Tensor], Tensor]]:
         return attention
 
     ours = {"ours": lambda qkv: self_attention._Attention.apply(qkv, num_heads)}
-    return ours | {name: library(backend) for name, backend in BACKENDS.items()}
+    theirs = {name: library(backend) for name, backend in BACKENDS.items()}
+    return ours | theirs | {name + ORDERED: way for name, way in theirs.items()}
 
 
 def obstacle(way: Callable[[Tensor], Tensor], qkv: Tensor, do: Tensor, exact: tuple[Tensor, ...]) -> str | None:
@@ -81,17 +85,26 @@ def measure_attention(shape: tuple[int, int, int, int], milliseconds: float) -> 
     records: dict[str, dict[str, Any]] = {}
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, way in ways(num_heads).items():
+        # read when a call is captured, which a replay keeps
+        choose = partial(choose_algorithms, same_bits=name.endswith(ORDERED))
+        choose()
         records[name] = {"shape": shape, "way": name, "obstacle": obstacle(way, qkv, do, exact)}
         if records[name]["obstacle"] is None:
             leaf = qkv.detach().requires_grad_()
-            calls[name, "forward_ms"] = partial(way, qkv)
-            calls[name, "both_ms"] = partial(_both, way, leaf, do)
+            calls[name, "forward_ms"] = partial(_forward, choose, way, qkv)
+            calls[name, "both_ms"] = partial(_both, choose, way, leaf, do)
     for (name, column), ms in median_ms(calls, milliseconds).items():
         records[name][column] = ms
     return list(records.values())
 
 
-def _both(way: Callable[[Tensor], Tensor], leaf: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+def _forward(choose: Callable[[], None], way: Callable[[Tensor], Tensor], qkv: Tensor) -> Tensor:
+    choose()
+    return way(qkv)
+
+
+def _both(choose: Callable[[], None], way: Callable[[Tensor], Tensor], leaf: Tensor, do: Tensor) -> tuple[Tensor, ...]:
+    choose()
     return torch.autograd.grad(way(leaf), leaf, do)
 
 
@@ -131,15 +144,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: got no GPU, expected one: bench.attention times kernels", file=sys.stderr)
         return 2
+    # PyTorch asks before its first product
+    choose_algorithms(same_bits=False)
     torch.manual_seed(0)
     milliseconds = 20 if args.quick else 100
     rows = []
-    print(f"{'B, T, heads, d':20}{'way':12}{'forward ms':>12}{'+ backward':>12}")
+    print(f"{'B, T, heads, d':20}{'way':20}{'forward ms':>12}{'+ backward':>12}")
     for shape in SHAPES:
         for row in measure_attention(shape, milliseconds):
             rows.append(row)
             times = "".join(f"{row[column]:12.4f}" for column in ("forward_ms", "both_ms") if column in row)
-            print(f"{', '.join(map(str, shape)):20}{row['way']:12}{times or row['obstacle']}", flush=True)
+            print(f"{', '.join(map(str, shape)):20}{row['way']:20}{times or row['obstacle']}", flush=True)
     joint = []
     print(f"{'network':20}{'joint ms':>12}{'separate':>12}{'alone':>12}")
     for name in NETWORKS[: 1 if args.quick else None]:

@@ -33,6 +33,7 @@ from torch import Tensor
 from bench.machine import machine
 from bench.variants import Engine, Variant, require_equal_losses, variants
 from soflow.capture import NUM_WARMUP
+from soflow.determinism import choose_algorithms
 from soflow.meters import peak_flops
 from soflow.objective import Batch
 
@@ -98,6 +99,7 @@ def build_that_fits(model: str, name: str, batch_size: int, device: torch.device
 def warm(make: Callable[[], Variant], device: torch.device) -> Variant:
     """Return a variant that has trained as many steps as it takes until it is compiled and captured."""
     variant = make()
+    choose_algorithms(same_bits=variant.same_bits)
     for _ in range(NUM_WARMUP + 1 if device.type == "cuda" else 1):
         variant.step()
     return variant
@@ -124,6 +126,7 @@ def measure_by_turns(model: str, batch_size: int, device: torch.device, rounds: 
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         for name, variant in made.items():
+            choose_algorithms(same_bits=variant.same_bits)
             times[name].append(seconds(variant.step, device))
     rows = []
     for name, variant in made.items():
@@ -211,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
+    choose_algorithms(same_bits=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # else it goes on uncompiled, with a warning
     torch._dynamo.config.fail_on_recompile_limit_hit = True

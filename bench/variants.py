@@ -50,6 +50,8 @@ class Variant:
 
     name: str
     precision: str
+    # the engine as its trainer runs it, what is published as PyTorch does
+    same_bits = False
 
     network: Network
 
@@ -68,6 +70,8 @@ class Variant:
 
 class Engine(Variant):
     """The engine's own step, as its trainer runs it."""
+
+    same_bits = True
 
     def __init__(self, name: str, config: Config, device: torch.device) -> None:
         self.name, self.config, self.precision = name, config, config.engine.precision

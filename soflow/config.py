@@ -369,6 +369,9 @@ class EngineConfig:
         "the whole step as one launch, with the CUDA extension's optimizer; auto: on one GPU; on: with ddp as well",
     ] = "auto"
     compile: Annotated[bool, "torch.compile of the network: for what has no kernel of ours"] = False
+    deterministic: Annotated[
+        bool, "of PyTorch's own operators too: algorithms that give the same bits again; false: its fastest ones"
+    ] = True
     recompute: Annotated[
         Literal["none", "norms", "blocks"],
         "what backward computes again instead of keeping it: norms, GELU and SiLU, or all of each block",

@@ -36,7 +36,17 @@ FREE_FIELDS = {
     ),
     "data": ("root", "feeder", "prefetch"),
     "optim": ("max_bad_steps",),
-    "engine": ("compile", "cuda_graph", "device", "recompute", "threads", "parallel", "timeout_s", "grace_s"),
+    "engine": (
+        "compile",
+        "cuda_graph",
+        "deterministic",
+        "device",
+        "recompute",
+        "threads",
+        "parallel",
+        "timeout_s",
+        "grace_s",
+    ),
 }
 # What a stored configuration says of its grids is of no use: one refused by now must not keep the run from being read.
 NO_GRIDS = ("train.sample_every=0",)

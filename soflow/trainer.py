@@ -13,6 +13,7 @@ from soflow import checkpoint
 from soflow.assembly import assemble, training_ops
 from soflow.config import Config, EngineConfig, are_latents
 from soflow.data import BatchOrder, Source, open_feeder, open_source
+from soflow.determinism import choose_algorithms
 from soflow.distributed import Ballot, Processes
 from soflow.flow import SolutionFlow
 from soflow.images import grid, save_png, to_uint8
@@ -209,6 +210,8 @@ class Trainer:
     def _interval_means(self) -> dict[str, float]:
         self.feeder.require_finite(self.processes)
         *totals, skipped = self.processes.sum(self.step.sums).tolist()
+        # a sum of thirds
+        skipped = float(round(skipped))
         done = self.step.num_summed - skipped
         means = {name: total / done if done else math.nan for name, total in zip(SUMMED[:-1], totals, strict=True)}
         bad = [name for name, mean in means.items() if not math.isfinite(mean)]
@@ -333,12 +336,13 @@ class Trainer:
 
 
 def configure_torch(engine: EngineConfig) -> None:
-    """Set the number of CPU threads, and whether float32 products on a GPU use TF32: process-wide.
+    """Set the threads of the CPU, whether float32 products on a GPU use TF32, and sums their order: process-wide.
 
     What the precision bf16 leaves in float32 is few and small: it stays exact.
     """
     torch.backends.cuda.matmul.allow_tf32 = engine.precision == "tf32"
     torch.backends.cudnn.allow_tf32 = engine.precision == "tf32"
+    choose_algorithms(same_bits=engine.deterministic)
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
 

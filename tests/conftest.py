@@ -28,5 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    # fills torch.empty with NaN too: an element that nothing wrote shows
     torch.use_deterministic_algorithms(True)
+    # with NaN: an element that nothing wrote shows
+    torch.utils.deterministic.fill_uninitialized_memory = True

@@ -34,8 +34,9 @@ def test_every_way_is_checked_and_timed(on_the_cpu, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(sys, "argv", ["bench.attention", "--json", str(tmp_path / "out.json")])
     assert attention.main() == 0
     record = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    ordered = [f"{name}, ordered" for name in attention.BACKENDS]
     assert [(tuple(row["shape"]), row["way"]) for row in record["attention"]] == [
-        (shape, way) for shape in attention.SHAPES for way in ("ours", *attention.BACKENDS)
+        (shape, way) for shape in attention.SHAPES for way in ("ours", *attention.BACKENDS, *ordered)
     ]
     timed = [row for row in record["attention"] if row["obstacle"] is None]
     assert {row["way"] for row in timed} >= {"ours"}

@@ -25,6 +25,7 @@ LAYERS = {
     2: {
         "augment",
         "capture",
+        "determinism",
         "draw",
         "flow",
         "flow_matching",

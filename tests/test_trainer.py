@@ -602,6 +602,15 @@ def test_the_rows_of_a_grid_are_classes_from_all_over(tmp_path, monkeypatch, num
     assert drawn == [[label for label in rows for _ in range(10)]]
 
 
+def test_algorithms_are_those_that_give_the_same_bits_again_unless_told(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for same_bits in (False, True):
+        configure_torch(EngineConfig(deterministic=same_bits))
+        assert torch.are_deterministic_algorithms_enabled() is same_bits
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
 def test_products_in_tf32_are_those_of_that_precision_alone():
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
     before = [backend.allow_tf32 for backend in backends]

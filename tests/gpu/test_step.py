@@ -17,6 +17,7 @@ from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.kernels.multi_tensor import is_built
 from soflow.step import DDP_WARMUP
+from soflow.trainer import configure_torch
 
 pytestmark = pytest.mark.skipif(not is_built(), reason="needs the CUDA extension")
 GPU = torch.device("cuda", 0)
@@ -48,6 +49,38 @@ def test_a_captured_step_trains_the_same_to_the_bit(tmp_path, settings):
     eager, source = training(tmp_path / "eager", "engine.cuda_graph=off", *settings)
     captured, _ = training(tmp_path / "captured", "engine.cuda_graph=on", *settings)
     assert_same_training(captured, eager, source, NUM_WARMUP + 5)
+
+
+DIT_OF_256_TOKENS = (
+    "network={name: DiT, input_size: 32, in_channels: 1, num_classes: 10, patch_size: 2, hidden_size: 128, depth: 2, "
+    "num_heads: 2}"
+)
+UNET = (
+    "network={name: UNet, input_size: 32, in_channels: 1, num_classes: 0, model_channels: 32, channel_mult: [1, 2], "
+    "num_blocks: 1, attn_resolutions: [16]}"
+)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (DIT_OF_256_TOKENS, "engine.precision=tf32"),
+        (DIT_OF_256_TOKENS, "engine.precision=bf16"),
+        (UNET, "engine.precision=tf32", "objective={cfg_scale: 1.0, mix_ratio: 1.0}"),
+    ],
+    ids=("DiT-tf32", "DiT-bf16", "UNet-tf32"),
+)
+def test_networks_with_operators_of_pytorch_train_the_same_to_the_bit(tmp_path, settings):
+    """Backward of its attention and convolutions adds with atomics, unless the training tells it not to."""
+    torch.use_deterministic_algorithms(False)
+    both = [training(tmp_path / str(number), "train.batch_size=64", *settings)[0] for number in range(2)]
+    configure_torch(both[0].step.config.engine)
+    images, labels = torch.randn(64, 1, 32, 32, device=GPU), torch.arange(64, device=GPU) % 10
+    for number in range(NUM_WARMUP + 5):
+        for parts in both:
+            parts.step(images, None, labels, number)
+    for ours, theirs in zip(*(parts.flow.parameters() for parts in both), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.fixture
