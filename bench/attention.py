@@ -136,7 +136,7 @@ def measure_joint_call(name: str, batch_size: int, milliseconds: float) -> dict[
 
 
 def main() -> int:
-    """Print both tables, then one line of JSON."""
+    """Print both tables, then one line of JSON, or what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--quick", action="store_true", help="shorter rounds, the joint call of one network")
@@ -148,24 +148,33 @@ def main() -> int:
     choose_algorithms(same_bits=False)
     torch.manual_seed(0)
     milliseconds = 20 if args.quick else 100
-    rows = []
+    rows: list[dict[str, Any]] = []
+    joint: list[dict[str, Any]] = []
+    record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "attention": rows, "joint": joint}
+
+    def keep() -> None:
+        # after every row: what is cut off keeps what it has measured
+        if args.json is not None:
+            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     print(f"{'B, T, heads, d':20}{'way':20}{'forward ms':>12}{'+ backward':>12}")
     for shape in SHAPES:
         for row in measure_attention(shape, milliseconds):
             rows.append(row)
             times = "".join(f"{row[column]:12.4f}" for column in ("forward_ms", "both_ms") if column in row)
             print(f"{', '.join(map(str, shape)):20}{row['way']:20}{times or row['obstacle']}", flush=True)
-    joint = []
+        keep()
     print(f"{'network':20}{'joint ms':>12}{'separate':>12}{'alone':>12}")
     for name in NETWORKS[: 1 if args.quick else None]:
         row = measure_joint_call(name, 256, milliseconds)
         joint.append(row)
         print(f"{name:20}{row['joint_ms']:12.3f}{row['separate_ms']:12.3f}{row['alone_ms']:12.3f}", flush=True)
-    record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "attention": rows, "joint": joint}
-    if args.json is not None:
-        args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(record))
+        keep()
+    if args.json is None:
+        print(json.dumps(record))
     bad = [row for row in rows if row["obstacle"] and (row["way"] == "ours" or row["obstacle"].startswith("wrong"))]
+    for row in bad:
+        print(f"{row['way']}, {row['shape']}: {row['obstacle']}")
     return 1 if bad else 0
 
 

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +208,7 @@ def _discard(value: object) -> None:
 
 
 def main() -> int:
-    """Print the table, then one line of JSON."""
+    """Print the table, then one line of JSON where no file takes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--only", choices=DIT_PRESETS, action="append", help="this model, not all; may be repeated")
@@ -218,12 +219,16 @@ def main() -> int:
     if not is_built():
         print("error: got no CUDA extension, expected one: python setup.py build_ext --inplace", file=sys.stderr)
         return 2
-    found, rate, rows = ways(), copy_rate(), []
+    found, rate = ways(), copy_rate()
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "copy_gb_per_s": rate, "rows": []}
     print(f"copy: {rate:.0f} GB/s")
     print(f"{'model':12}{'way':16}{'ms':>9}{'B/param':>9}{'GB/s':>7}{'of copy':>9}{'fused is':>10}")
     for model in args.only or DIT_PRESETS:
         timings = measure(model, found, rate)
-        rows += timings
+        # after every model: what is cut off keeps what it has measured
+        result["rows"] += [asdict(row) for row in timings]
+        if args.json is not None:
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         for row in timings:
             print(
                 f"{model:12}{row.way:16}{row.ms:9.3f}{row.bytes_per_parameter:9}{row.gb_per_s:7.0f}{row.of_copy:9.0%}"
@@ -232,10 +237,8 @@ def main() -> int:
             )
         gc.collect()
         torch.cuda.empty_cache()
-    result = {"gpu": torch.cuda.get_device_name(), "copy_gb_per_s": rate, "rows": [asdict(row) for row in rows]}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    if args.json is None:
+        print(json.dumps(result))
     return 0
 
 

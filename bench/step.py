@@ -1,6 +1,6 @@
 """How long does a training step take, beside the straightforward implementation, and where does the time go?
 
-    python -m bench.step [--model NAME] [--batch N] [--rounds N] [--json FILE]
+    python -m bench.step [--model NAME] [--variant NAME] [--batch N] [--rounds N] [--json FILE]
 
 Variants, whose losses of the same batch are compared first (bench/variants.py):
 
@@ -13,7 +13,8 @@ Variants, whose losses of the same batch are compared first (bench/variants.py):
 Without a GPU: the model "small" on one thread, all variants by turns, timed by the processor time of the process, which
 other processes disturb less. With one: B/4, B/2, L/2 and XL/2, each variant at the largest batch up to --batch that
 fits, one after the other because they do not fit together, and the engine once more at the end, to show what drifted.
-Prints medians, the middle half and the engine's stages; writes them as JSON.
+Prints medians, the middle half and the engine's stages; writes them as JSON after each. A variant that fails has its
+error there, and the exit code is 1.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -114,45 +116,58 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def check_losses(model: str, device: torch.device) -> None:
-    """Compare the losses of all variants at a batch in which they fit together."""
-    require_equal_losses({name: make() for name, make in variants(model, 8, device).items()})
+def check_losses(model: str, names: Sequence[str], device: torch.device) -> None:
+    """Compare the losses of variants at a batch in which they fit together."""
+    require_equal_losses({name: make() for name, make in variants(model, 8, device).items() if name in names})
     free()
 
 
-def measure_by_turns(model: str, batch_size: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return a row per variant, all of them in memory and timed by turns."""
-    made = {name: build_that_fits(model, name, batch_size, device)[0] for name in variants(model, batch_size, device)}
+def measure_by_turns(
+    model: str, names: Sequence[str], batch_size: int, device: torch.device, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per variant, all of them in memory and timed by turns."""
+    made = {name: build_that_fits(model, name, batch_size, device)[0] for name in names}
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(rounds):
         for name, variant in made.items():
             choose_algorithms(same_bits=variant.same_bits)
             times[name].append(seconds(variant.step, device))
-    rows = []
     for name, variant in made.items():
-        rows.append(row(model, variant, batch_size, times[name], device))
+        figures = row(model, variant, batch_size, times[name], device)
         if isinstance(variant, Engine):
-            rows[-1]["stages"] = stage_times(variant, device, rounds)
-    return rows
+            figures["stages"] = stage_times(variant, device, rounds)
+        yield figures
 
 
-def measure_in_line(model: str, batch_size: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return a row per variant, one after the other, and a second one of the first."""
-    names = list(variants(model, batch_size, device))
-    rows = []
-    for name in (*names, names[0]):
-        variant, fitting = build_that_fits(model, name, batch_size, device)
-        times = [seconds(variant.step, device) for _ in range(rounds)]
-        rows.append(row(model, variant, fitting, times, device))
-        config = variant.config if isinstance(variant, Engine) else None
+def measure_in_line(
+    model: str, names: Sequence[str], batch_size: int, device: torch.device, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per variant, one after the other, and a second one of the first."""
+    for turn, name in enumerate((*names, names[0])):
+        try:
+            figures = measure_one(model, name, batch_size, device, rounds, with_stages=turn < len(names))
+        except Exception as error:  # noqa: BLE001  # the others are timed all the same
+            traceback.print_exc()
+            figures = {"model": model, "variant": name, "error": f"{type(error).__name__}: {error}"}
+        free()
+        yield figures
+
+
+def measure_one(
+    model: str, name: str, batch_size: int, device: torch.device, rounds: int, with_stages: bool
+) -> dict[str, Any]:
+    """Return the row of a variant, of the engine with its stages, at the batch that fits."""
+    variant, fitting = build_that_fits(model, name, batch_size, device)
+    times = [seconds(variant.step, device) for _ in range(rounds)]
+    figures = row(model, variant, fitting, times, device)
+    if with_stages and isinstance(variant, Engine):
+        # of one that is not captured: a graph keeps the memory of a whole step, which the stages need
+        config = variant.config
         del variant
         free()
-        if config is not None:
-            # of one that is not captured: a graph keeps the memory of a whole step, which the stages need
-            eager = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph="off"))
-            rows[-1]["stages"] = stage_times(Engine(name, eager, device), device, rounds)
-            free()
-    return rows
+        eager = dataclasses.replace(config, engine=dataclasses.replace(config.engine, cuda_graph="off"))
+        figures["stages"] = stage_times(Engine(name, eager, device), device, rounds)
+    return figures
 
 
 def row(model: str, variant: Variant, batch_size: int, times: list[float], device: torch.device) -> dict[str, Any]:
@@ -185,6 +200,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     first: dict[str, float] = {}
     for figures in rows:
+        if "error" in figures:
+            continue
         per_image = figures["seconds"] / figures["batch"]
         first.setdefault(figures["model"], per_image)
         low, high = (1e3 * value for value in figures["quartiles"])
@@ -198,6 +215,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "stages" in figures:
             parts = ", ".join(f"{name} {1e3 * value:.1f}" for name, value in figures["stages"].items())
             lines.append(f"{figures['model']} {figures['variant']}, ms: {parts}")
+    lines += [f"{figures['model']} {figures['variant']}: {figures['error']}" for figures in rows if "error" in figures]
     return "\n".join(lines)
 
 
@@ -205,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("small", *GPU_MODELS), action="append", help="this one; may be repeated")
+    parser.add_argument("--variant", action="append", help="this one, the engine first; may be repeated")
     parser.add_argument("--batch", type=int, help=f"largest batch (default {GPU_BATCH}, on the CPU {CPU_BATCH})")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant, at least 7 (default 9)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -219,16 +238,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # else it goes on uncompiled, with a warning
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     batch_size = options.batch or (GPU_BATCH if device.type == "cuda" else CPU_BATCH)
-    rows = []
+    known = list(variants("small", batch_size, device))
+    names = options.variant or known
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"--variant: got {unknown[0]!r}, expected one of {', '.join(known)}")
+    rows: list[dict[str, Any]] = []
     for model in options.model or (GPU_MODELS if device.type == "cuda" else ("small",)):
-        check_losses(model, device)
+        check_losses(model, names, device)
         by = measure_in_line if device.type == "cuda" else measure_by_turns
-        rows += by(model, batch_size, device, options.rounds)
-        # after every model: what is cut off keeps what it has measured
-        if options.json is not None:
-            options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        for figures in by(model, names, batch_size, device, options.rounds):
+            rows.append(figures)
+            # after every row: what is cut off keeps what it has measured
+            if options.json is not None:
+                options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
-    return 0
+    return int(any("error" in figures for figures in rows))
 
 
 if __name__ == "__main__":

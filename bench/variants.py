@@ -127,9 +127,7 @@ class Plain(Variant):
             weight_decay=0.0,
             fused=compiled,
         )
-        self.compiled = compiled
-        if compiled:
-            self.network.compile()
+        self.compiled, self.is_compiled = compiled, False
         shape = (config.network.in_channels, config.network.input_size, config.network.input_size)
         mean, std, labels = sample_like(config, shape)
         self.mean, self.labels = mean.to(device), labels.to(device)
@@ -150,6 +148,10 @@ class Plain(Variant):
 
     def backward(self) -> None:
         """Make the gradients of one batch."""
+        if self.compiled and not self.is_compiled:
+            # with its backward, for the batch that is timed: the loss of a small one need not wait for it
+            self.network.compile()
+            self.is_compiled = True
         self.optimizer.zero_grad(set_to_none=True)
         self._loss(self._draw()).backward()
 

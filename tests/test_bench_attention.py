@@ -42,6 +42,9 @@ def test_every_way_is_checked_and_timed(on_the_cpu, monkeypatch, tmp_path, capsy
     assert {row["way"] for row in timed} >= {"ours"}
     assert all(row["forward_ms"] == row["both_ms"] == 0.5 for row in timed)
     assert record["joint"][0].keys() >= {"joint_ms", "separate_ms", "alone_ms"}
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["bench.attention"])
+    assert attention.main() == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record
 
 
@@ -50,4 +53,4 @@ def test_a_wrong_way_is_not_timed(on_the_cpu, monkeypatch, capsys):
     monkeypatch.setattr(attention, "ways", lambda H: {**ways(H), "efficient": lambda qkv: 1.1 * ways(H)["ours"](qkv)})
     monkeypatch.setattr(sys, "argv", ["bench.attention", "--quick"])
     assert attention.main() == 1
-    assert "wrong: off by 0.1" in capsys.readouterr().out
+    assert "efficient, (1, 80, 1, 16): wrong: off by 0.1" in capsys.readouterr().out.splitlines()[-1]

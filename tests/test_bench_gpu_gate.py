@@ -1,5 +1,6 @@
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_a_failed_stage_decides_the_exit_code(statuses, code, pretended_gpu, mon
     assert all(f"detail {i}" in table for i in range(len(statuses)))
 
 
-def test_what_there_is_no_time_for_is_skipped_and_named(pretended_gpu, monkeypatch, tmp_path):
+def test_what_there_is_no_time_for_is_skipped_and_named(pretended_gpu, monkeypatch, tmp_path, capsys):
     """Neither a stage that the end of the time cuts off nor one after it has failed."""
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -57,15 +58,27 @@ def test_what_there_is_no_time_for_is_skipped_and_named(pretended_gpu, monkeypat
     assert gpu_gate.main() == 0
     (file,) = tmp_path.iterdir()
     stages = json.loads(file.read_text(encoding="utf-8"))["stages"]
-    assert [(stage["status"], stage["detail"]) for stage in stages] == [
-        ("skipped", f"no time left: --only {name} makes up for it") for name in ("long", "next")
-    ]
+    assert [(stage["status"], stage["detail"]) for stage in stages] == [("skipped", "no time left")] * 2
+    assert "for the rest: python -m bench.gpu_gate --only extension --only long --only next" in capsys.readouterr().out
 
 
-def test_a_command_is_cut_off_at_its_limit():
-    code, output = gpu_gate.run([sys.executable, "-uc", "print('begun'); import time; time.sleep(60)"], limit_s=3)
-    assert code == 124
-    assert "begun" in output
+def test_a_command_is_cut_off_at_its_limit_with_all_that_it_started(tmp_path):
+    script = f"sleep 60 & echo $! > {tmp_path / 'child'}; echo begun; wait"
+    code, output = gpu_gate.run(["bash", "-c", script], limit_s=2)
+    assert (code, output) == (124, "begun\n\ncut off after 2 s\n")
+    # dead, or a zombie that nobody waits for
+    child = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_stage_that_the_clock_cuts_off_keeps_what_it_measured(monkeypatch):
+    def cut_off():
+        monkeypatch.setattr(gpu_gate.Clock, "end", 0.0)
+        raise gpu_gate.BenchError("cut off after 9 s", {"rows": [1]})
+
+    monkeypatch.setattr(gpu_gate, "STAGES", {"long": cut_off})
+    monkeypatch.setattr(gpu_gate.Clock, "end", float("inf"))
+    assert gpu_gate.carry_out("long") == Stage("long", "skipped", "no time left", figures={"rows": [1]})
 
 
 def test_a_command_keeps_its_exit_code_and_output():
@@ -126,7 +139,10 @@ def pretended_bench(monkeypatch):
 
     def pretend(code, figures):
         def run(command, limit_s):
-            Path(command[-1]).write_text(json.dumps(figures), encoding="utf-8")
+            models = [after for option, after in pairwise(command) if option == "--model"]
+            rows = [row for row in figures.get("rows", []) if row.get("model") in models or not models]
+            written = figures | ({"rows": rows} if rows else {})
+            Path(command[-1]).write_text(json.dumps(written), encoding="utf-8")
             return code, "a line\nthe last line\n"
 
         monkeypatch.setattr(gpu_gate, "run", run)
@@ -165,7 +181,8 @@ def test_a_stage_says_what_its_bench_wrote(name, figures, detail, pretended_benc
     assert (stage.status, stage.figures) == ("passed", figures)
     assert detail in stage.detail
     pretended_bench(1, figures)
-    assert gpu_gate.carry_out(name) == Stage(name, "failed", "the last line", figures=figures)
+    lines = "; ".join(["the last line"] * (2 if name == "step" else 1))
+    assert gpu_gate.carry_out(name) == Stage(name, "failed", lines, figures=figures)
 
 
 @pytest.mark.parametrize(
@@ -182,13 +199,19 @@ def test_what_is_not_installed_is_named(monkeypatch):
     assert gpu_gate.carry_out("step") == Stage("step", "skipped", "not installed: no_such_package, no.such_module")
 
 
+def test_a_stage_that_is_broken_fails_alone(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_gate, "STAGES", {"broken": lambda: {}["both_ms"]})
+    assert gpu_gate.carry_out("broken") == Stage("broken", "failed", "KeyError: 'both_ms'")
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_broken_off_gate_keeps_what_it_measured(pretended_gpu, monkeypatch, tmp_path):
     def broken():
-        raise KeyError("both_ms")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(gpu_gate, "STAGES", {"first": lambda: Stage("first", "passed", "done"), "second": broken})
     monkeypatch.setattr(sys, "argv", ["bench.gpu_gate", "--results", str(tmp_path)])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyboardInterrupt):
         gpu_gate.main()
     (file,) = tmp_path.iterdir()
     assert [stage["name"] for stage in json.loads(file.read_text(encoding="utf-8"))["stages"]] == ["first"]
@@ -235,3 +258,40 @@ def test_the_system_s_ninja_builds_the_extension_too(commands, monkeypatch):
     assert gpu_gate.extension() == Stage("extension", "passed", "built")
     monkeypatch.setattr(gpu_gate.shutil, "which", lambda name: None)
     assert gpu_gate.extension() == Stage("extension", "skipped", "not installed: ninja")
+
+
+@pytest.mark.parametrize(
+    ("output", "status"),
+    [
+        ("======= ERROR SUMMARY: 0 errors\n22 passed in 60 s\n", "passed"),
+        ("======= ERROR SUMMARY: 3 errors\n22 passed in 60 s\n", "failed"),
+        ("22 passed in 60 s\n", "failed"),  # it watched nothing
+    ],
+)
+def test_the_sanitizer_must_have_watched(output, status, monkeypatch):
+    monkeypatch.setattr(gpu_gate.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_gate, "run", lambda command, limit_s: (0, output))
+    assert gpu_gate.sanitizer().status == status
+
+
+def test_the_commit_is_that_of_a_repository_of_ours(monkeypatch):
+    monkeypatch.setattr(gpu_gate, "run", lambda command, limit_s: (128, "fatal: detected dubious ownership"))
+    assert gpu_gate.git("rev-parse", "HEAD") is None
+    monkeypatch.setattr(gpu_gate.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_gate, "run", lambda command, limit_s: pytest.fail("there is no git"))
+    assert gpu_gate.git("rev-parse", "HEAD") is None
+
+
+def test_the_step_of_the_large_model_has_few_rivals_and_loses_no_row(monkeypatch):
+    def figures_of(bench, *options, limit_s):
+        model = options[1]
+        rows = [row for row in STEP_ROWS if row["model"] == model]
+        if model == gpu_gate.GATE_MODELS[1]:
+            assert options[2:] == ("--variant", "engine", "--variant", "six calls")
+            raise gpu_gate.BenchError("cut off after 9 s", {"rows": rows[:1]})
+        return {"rows": rows}
+
+    monkeypatch.setattr(gpu_gate, "figures_of", figures_of)
+    with pytest.raises(gpu_gate.BenchError) as failed:
+        gpu_gate.step()
+    assert failed.value.figures["rows"] == STEP_ROWS[:3]

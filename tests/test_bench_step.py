@@ -89,10 +89,32 @@ def test_in_line_each_has_the_batch_that_fits(smaller, monkeypatch):
 
     monkeypatch.setattr(variants.Engine, "step", train_if_it_fits)
     monkeypatch.setattr(step, "stage_times", note)
-    rows = step.measure_in_line("small", 8, CPU, 7)
-    names = ("engine", "six calls", "MeanFlow, one JVP", "MeanFlow, engine", "engine")
-    assert [(row["variant"], row["batch"]) for row in rows] == list(zip(names, (4, 8, 8, 4, 4), strict=True))
-    assert graphs == [(name, 4, "off") for name in ("engine", "MeanFlow, engine", "engine")]
+    names = ("engine", "six calls", "MeanFlow, one JVP", "MeanFlow, engine")
+    rows = list(step.measure_in_line("small", names, 8, CPU, 7))
+    assert [(row["variant"], row["batch"]) for row in rows] == list(
+        zip((*names, "engine"), (4, 8, 8, 4, 4), strict=True)
+    )
+    assert graphs == [(name, 4, "off") for name in ("engine", "MeanFlow, engine")]
+
+
+def test_a_variant_that_fails_does_not_keep_the_others_from_being_timed(smaller, monkeypatch, capsys):
+    monkeypatch.setattr(variants.Plain, "step", lambda self: 1 / 0)
+    engine, plainly, again = step.measure_in_line("small", ("engine", "six calls"), 8, CPU, 7)
+    assert (engine["variant"], again["variant"], plainly) == (
+        "engine",
+        "engine",
+        {"model": "small", "variant": "six calls", "error": "ZeroDivisionError: division by zero"},
+    )
+    assert step.table([engine, plainly, again]).endswith("small six calls: ZeroDivisionError: division by zero")
+
+
+def test_some_variants_alone(smaller, tmp_path, capsys):
+    file = tmp_path / "step.json"
+    assert step.main(["--batch", "8", "--rounds", "7", "--variant", "six calls", "--json", str(file)]) == 0
+    assert [row["variant"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"]] == ["six calls"]
+    with pytest.raises(SystemExit):
+        step.main(["--variant", "seven calls"])
+    assert "--variant: got 'seven calls', expected one of engine, six calls, " in capsys.readouterr().err
 
 
 def test_command_weighs_as_it_predicts(smaller, tmp_path, capsys):
