@@ -1,13 +1,13 @@
 """How fast each loader brings batches of latents, and what it costs: against the official layout, in one run.
 
-    python -m bench.data [--samples N] [--seconds S] [--device cpu|cuda] [--json FILE]
+    python -m bench.data [--loader NAME] [--samples N] [--seconds S] [--rounds N] [--device cpu|cuda] [--json FILE]
 
 official: an HDF5 file of float32, read sample by sample by a Dataset behind a DataLoader with 0 and 2 workers (made
 here in that layout). Ours: `plain` and `dali` on shards of float16 and float32. All hold the same samples and give mean
-and standard deviation in float32 on the device, scaled, with labels. Each runs in a process of its own, in two rounds
-of opposite order, after an epoch to warm up. Columns:
+and standard deviation in float32 on the device, scaled, with labels. Each runs in a process of its own, in rounds of
+alternating order, after an epoch to warm up. Columns:
 
-    samples/s    of an idle consumer, the median of both rounds; ratio: over the faster official loader
+    samples/s    of an idle consumer, the median of the rounds; ratio: over the faster official loader
     cpu us       processor time of all processes and threads, per sample
     private MiB  memory of all processes that no file backs, beyond that of the interpreter with its imports
     waiting      share of the time that a consumer waits which computes 20 ms per batch; on a GPU, forward and backward
@@ -19,6 +19,7 @@ time says more than samples/s.
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ ROOT = Path(__file__).parents[1]
 SHAPE = (8, 32, 32)
 BATCH = 256
 SHARD_BYTES = 2**26
-STEP_S = 0.02
+STEP_S, STEPS = 0.02, 20
 LOADERS = ("official 0", "official 2", "plain float16", "plain float32", "dali float16", "dali float32")
 
 
@@ -188,19 +189,22 @@ def measure(loader: str, root: Path, device: torch.device, seconds: float) -> Me
         count += BATCH
     synchronize(device)
     elapsed, used, memory = time.perf_counter() - start, cpu_seconds() - cpu, private_mib() - before
-    steps, compute, batch = 20, consumer(device), next(stream).clone()
+    compute, batch = consumer(device), next(stream).clone()
     compute(batch)
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        compute(next(stream))
-    synchronize(device)
-    paced = time.perf_counter() - start
-    start = time.perf_counter()
-    for _ in range(steps):
-        compute(batch)
-    synchronize(device)
-    waiting = max(0.0, 1.0 - (time.perf_counter() - start) / paced)
+
+    def series(steps: int, rows: Iterator[torch.Tensor]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            compute(next(rows))
+        synchronize(device)
+        return time.perf_counter() - start
+
+    # half of it before and half after: a clock that drifts would pass for waiting
+    alone = series(STEPS // 2, itertools.repeat(batch))
+    paced = series(STEPS, stream)
+    alone += series(STEPS // 2, itertools.repeat(batch))
+    waiting = max(0.0, 1.0 - alone / paced)
     return Measurement(loader, count / elapsed, 1e6 * used / count, memory, waiting)
 
 
@@ -218,14 +222,16 @@ def measure_apart(loader: str, root: Path, device: str, seconds: float) -> Measu
     return Measurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(samples: int, seconds: float, device: str) -> list[dict[str, Any]]:
-    """Return a row per loader: medians of two rounds, and ratios to the faster official one."""
-    loaders = [name for name in LOADERS if has_dali() or not name.startswith("dali")]
+def compare(
+    samples: int, seconds: float, device: str, some: Sequence[str] = LOADERS, rounds: int = 2
+) -> list[dict[str, Any]]:
+    """Return a row per loader: medians of the rounds, and ratios to the faster official one."""
+    loaders = [name for name in some if has_dali() or not name.startswith("dali")]
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), samples)
         found: dict[str, list[Measurement]] = {name: [] for name in loaders}
-        for turn in (loaders, loaders[::-1]):
-            for name in turn:
+        for turn in range(rounds):
+            for name in loaders[:: -1 if turn % 2 else 1]:
                 found[name].append(measure_apart(name, Path(folder), device, seconds))
     rows = []
     for name, measured in found.items():
@@ -241,6 +247,8 @@ def compare(samples: int, seconds: float, device: str) -> list[dict[str, Any]]:
 def main() -> int:
     """Print the table, then one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loader", choices=LOADERS, action="append", help="this one beside an official one")
+    parser.add_argument("--rounds", type=int, default=2, help="default 2")
     parser.add_argument("--samples", type=int, default=16384, help="samples of 32 KiB in float32 (default 16384)")
     parser.add_argument("--seconds", type=float, default=3.0, help="per loader and round (default 3)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
@@ -252,10 +260,15 @@ def main() -> int:
         parser.error(f"--samples: got {args.samples}, expected at least a batch of {BATCH}")
     if not 0 < args.seconds < math.inf:
         parser.error(f"--seconds: got {args.seconds}, expected a number above 0")
+    some = args.loader or LOADERS
+    if args.rounds < 1:
+        parser.error(f"--rounds: got {args.rounds}, expected at least 1")
+    if not any(name.startswith("official") for name in some):
+        parser.error(f"--loader: got {', '.join(some)}, expected an official one among them, to compare with")
     if args.one is not None:
         print(json.dumps(asdict(measure(args.one, args.root, torch.device(args.device), args.seconds))))
         return 0
-    rows, load = compare(args.samples, args.seconds, args.device), os.getloadavg()[1]
+    rows, load = compare(args.samples, args.seconds, args.device, some, args.rounds), os.getloadavg()[1]
     print(f"{'loader':16}{'samples/s':>11}{'ratio':>8}{'cpu us':>9}{'private MiB':>13}{'waiting':>9}")
     for row in rows:
         print(

@@ -4,9 +4,10 @@
 
 Needs a GPU. A row per op and shape: milliseconds of the fused op, of the reference run eagerly and of the reference
 compiled, forward and forward + backward, captured and measured by turns in one run (median, cold L2), and the GB/s of
-the fused op for the bytes it must move at least, also as a fraction of what a copy reaches on this GPU. An op whose
-result is not that of the reference is not timed, and the exit code is 1. `uniform` and `normal` have no row: what they
-compute is half of `draw`.
+the fused op for the bytes it must move at least, also as a fraction of what a copy of as many bytes reaches in the same
+turns: what is small pays for its launch, and for the full L2 that it finds, as that copy does. An op whose result is
+not that of the reference is not timed, and the exit code is 1. `uniform` and `normal` have no row: what they compute is
+half of `draw`.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from soflow.kernels import reference
 # a fused op is compared with the reference in bf16: this many units of rounding of its largest value
 ROUNDING_UNITS = 8
 PIXELS = (128, 32, 32)
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in milliseconds, and the fused op's rate in GB/s."""
+    """Medians in milliseconds, and the fused op's rate in GB/s. copy_ms: of a copy of as many bytes."""
 
     op: str
     shape: str
@@ -52,6 +54,7 @@ class Timing:
     fused_ms: float
     eager_ms: float
     compiled_ms: float
+    copy_ms: float
     fused_gb_per_s: float
     fraction_of_copy: float
 
@@ -60,7 +63,7 @@ def copy_bandwidth() -> float:
     """Return the GB/s, read and written, of copying 1 GiB."""
     from triton.testing import do_bench
 
-    source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
+    source = torch.empty(2**30, device=DEVICE, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
@@ -70,10 +73,10 @@ def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Worklo
     half = torch.bfloat16
 
     def activations(B: int, width: int, dtype: torch.dtype = half) -> Tensor:
-        return torch.randn(B, T, width, device="cuda", dtype=dtype)
+        return torch.randn(B, T, width, device=DEVICE, dtype=dtype)
 
     def modulation(B: int) -> tuple[Tensor, ...]:
-        return torch.randn(B, 6 * D, device="cuda").chunk(6, dim=1)
+        return torch.randn(B, 6 * D, device=DEVICE).chunk(6, dim=1)
 
     x, (a, b, c, *_) = activations(BATCH_SIZE, D, torch.float32), modulation(BATCH_SIZE)
     d, (da, db, dc, *_) = activations(NUM_CONSISTENCY, D, torch.float32), modulation(NUM_CONSISTENCY)
@@ -81,7 +84,7 @@ def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Worklo
     small, eps = 1e-3 * d, 1e-6
     elements, few, wide = x.numel(), d.numel(), activations(BATCH_SIZE, 4 * D)
     qkv = activations(NUM_CONSISTENCY, 3 * D)
-    wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device="cuda", dtype=half)
+    wide_d, bias = activations(NUM_CONSISTENCY, 4 * D), torch.randn(4 * D, device=DEVICE, dtype=half)
     return [
         Workload("modulated_norm", shape, (x, a, b, eps, half), (0, 1, 2), 6 * elements, 10 * elements),
         Workload(
@@ -104,8 +107,8 @@ def network_workloads(shape: str, T: int, D: int, num_heads: int) -> list[Worklo
 
 def unet_workloads() -> list[Workload]:
     """Return the activation of a U-Net in fp32, at the width and size of its first level."""
-    x = torch.randn(BATCH_SIZE, *PIXELS, device="cuda")
-    d = torch.randn(NUM_CONSISTENCY, *PIXELS, device="cuda")
+    x = torch.randn(BATCH_SIZE, *PIXELS, device=DEVICE)
+    d = torch.randn(NUM_CONSISTENCY, *PIXELS, device=DEVICE)
     n, m = 4 * x.numel(), 4 * d.numel()
     shape = "x".join(map(str, PIXELS))
     return [
@@ -116,11 +119,11 @@ def unet_workloads() -> list[Workload]:
 
 def point_workloads() -> list[Workload]:
     """Return the ops of the training point and the loss in fp32."""
-    x, x_1 = torch.randn(2, BATCH_SIZE, *LATENT, device="cuda")
-    d = torch.randn(NUM_CONSISTENCY, *LATENT, device="cuda")
-    rows = torch.rand(BATCH_SIZE, device="cuda") + 0.1
-    keys = torch.arange(BATCH_SIZE, device="cuda")
-    table = torch.randn(BATCH_SIZE, 4, device="cuda")
+    x, x_1 = torch.randn(2, BATCH_SIZE, *LATENT, device=DEVICE)
+    d = torch.randn(NUM_CONSISTENCY, *LATENT, device=DEVICE)
+    rows = torch.rand(BATCH_SIZE, device=DEVICE) + 0.1
+    keys = torch.arange(BATCH_SIZE, device=DEVICE)
+    table = torch.randn(BATCH_SIZE, 4, device=DEVICE)
     n, m = 4 * x.numel(), 4 * d.numel()
     shape = "latents 4x32x32"
     return [
@@ -153,6 +156,13 @@ def _calls(work: Workload, op: Callable[..., Any]) -> tuple[Callable[[], Any], C
     return forward, both
 
 
+def _copy_of(volume: int) -> Callable[[], Any]:
+    """A copy that reads and writes so many bytes together."""
+    source = torch.zeros(volume // 2, device=DEVICE, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -167,7 +177,7 @@ def difference_from_reference(work: Workload) -> str | None:
     return None
 
 
-def measure(work: Workload, milliseconds: float, copy_gb_per_s: float) -> list[Timing]:
+def measure(work: Workload, milliseconds: float) -> list[Timing]:
     """Return the timings of one op, forward and forward + backward: each way by turns, captured."""
     torch._dynamo.reset()
     ways = {
@@ -181,15 +191,15 @@ def measure(work: Workload, milliseconds: float, copy_gb_per_s: float) -> list[T
     ):
         calls = {name: call for name, op in ways.items() if (call := _calls(work, op)[index]) is not None}
         if calls:
-            ms = median_ms(calls, milliseconds)
+            ms = median_ms(calls | {"copy": _copy_of(volume)}, milliseconds)
+            times = ms["fused"], ms["eager"], ms["compiled"], ms["copy"]
             rate = volume / ms["fused"] / 1e6
-            times = ms["fused"], ms["eager"], ms["compiled"]
-            timings.append(Timing(work.op, work.shape, direction, *times, rate, rate / copy_gb_per_s))
+            timings.append(Timing(work.op, work.shape, direction, *times, rate, ms["copy"] / ms["fused"]))
     return timings
 
 
 def main() -> int:
-    """Print the table, then one line of JSON."""
+    """Print the table, then one line of JSON, or what was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     parser.add_argument("--quick", action="store_true", help="two shapes, shorter rounds")
@@ -199,7 +209,9 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     shapes = {name: SHAPES[name] for name in ("DiT-B/4", "DiT-XL/2")} if args.quick else SHAPES
-    rows, wrong, copy_gb_per_s = [], [], copy_bandwidth()
+    rows: list[Timing] = []
+    wrong: list[str] = []
+    result = {"gpu": torch.cuda.get_device_name(), "copy_gb_per_s": copy_bandwidth(), "wrong": wrong}
     header = ("op", "shape", "direction", "fused ms", "eager x", "compiled x", "GB/s", "of copy")
     print("{:32}{:18}{:20}{:>10}{:>9}{:>11}{:>8}{:>9}".format(*header))
     for make in (
@@ -212,8 +224,7 @@ def main() -> int:
             if complaint is not None:
                 wrong.append(complaint)
                 print(f"{complaint}: not timed", flush=True)
-                continue
-            for row in measure(work, 20 if args.quick else 60, copy_gb_per_s):
+            for row in measure(work, 20 if args.quick else 60) if complaint is None else ():
                 rows.append(row)
                 ratios = row.eager_ms / row.fused_ms, row.compiled_ms / row.fused_ms
                 print(
@@ -221,11 +232,14 @@ def main() -> int:
                     f"{row.fused_gb_per_s:8.0f}{row.fraction_of_copy:9.2f}",
                     flush=True,
                 )
-    gpu = torch.cuda.get_device_name()
-    result = {"gpu": gpu, "copy_gb_per_s": copy_gb_per_s, "wrong": wrong, "rows": [asdict(row) for row in rows]}
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+            # after every op: what is cut off keeps what it has measured
+            result["rows"] = [asdict(row) for row in rows]
+            if args.json is not None:
+                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if args.json is None:
+        print(json.dumps(result))
+    for complaint in wrong:
+        print(f"wrong: {complaint}")
     return 1 if wrong else 0
 
 

@@ -18,6 +18,20 @@ def test_every_loader_reads_the_same_samples(tmp_path):
     torch.testing.assert_close(found["plain float16"], found["official 0"], rtol=1e-3, atol=1e-3)
 
 
+def test_some_loaders_are_compared_in_rounds_of_alternating_order(monkeypatch):
+    order = []
+
+    def measured(loader, root, device, seconds):
+        order.append(loader)
+        return data.Measurement(loader, 1000.0 if loader == "official 2" else 2000.0 + len(order), 1.0, 10.0, 0.0)
+
+    monkeypatch.setattr(data, "write_data", lambda root, count: None)
+    monkeypatch.setattr(data, "measure_apart", measured)
+    official, ours = data.compare(512, 0.1, "cpu", ("official 2", "plain float16"), rounds=3)
+    assert order == ["official 2", "plain float16", "plain float16", "official 2", "official 2", "plain float16"]
+    assert (official["ratio"], ours["ratio"]) == (1.0, 2.003)
+
+
 def test_a_measurement_has_its_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "STEP_S", 0.001)
     monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
@@ -45,6 +59,8 @@ def test_decoding_is_compared_with_pillow(tmp_path, monkeypatch, capsys):
         (data, "--samples", "100", "--samples: got 100, expected at least a batch of 256"),
         (data, "--seconds", "0", "--seconds: got 0.0, expected a number above 0"),
         (data, "--seconds", "nan", "--seconds: got nan, expected a number above 0"),
+        (data, "--rounds", "0", "--rounds: got 0, expected at least 1"),
+        (data, "--loader", "plain float16", "--loader: got plain float16, expected an official one among them"),
         (encode, "--images", "0", "--images: got 0, expected at least 1"),
     ],
 )

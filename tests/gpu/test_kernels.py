@@ -57,6 +57,13 @@ def test_attention_of_many_tokens(case, monkeypatch):
         check(case, dtype)
 
 
+@parametrize([case for case in attention_cases(1, 67, 1, 20) if case.gradients])
+def test_attention_of_more_tokens_than_a_block(case, monkeypatch):
+    """The kernels of many tokens at a size that compute-sanitizer can watch."""
+    monkeypatch.setattr(kernels.self_attention, "attention_is_fused", lambda T, head_dim: True)
+    check(case, torch.float32)
+
+
 @parametrize([*norm_cases(2, 3, 24, torch.bfloat16), *norm_cases(4, 256, 1152, torch.bfloat16)])
 def test_bf16_branch_of_a_float32_stream(case):
     check(case, torch.bfloat16)
@@ -95,7 +102,7 @@ def test_draw_is_that_of_the_reference_however_split():
     assert all(torch.equal(a, b[40:]) for a, b in zip(part, ours, strict=True))
 
 
-@parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7))])
+@parametrize([case for case in SMALL if case.shape in ((2, 3, 24), (5, 2, 3, 7), (2, 3, 2, 4))])
 def test_opcheck(case):
     """Schema, fake tensors and autograd registration of every op behind the public function."""
     inputs = case.inputs(torch.float32, "cuda")
