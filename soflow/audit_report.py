@@ -52,8 +52,11 @@ def save_json(path: Path, audits: Sequence[StepAudit], about: dict[str, Any]) ->
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def save_plot(path: Path, audits: Sequence[StepAudit], gap_init: float, gap_end: float) -> None:
-    """Draw bias and noise over r for the last checkpoint and, where there are several, over training, as a PNG."""
+def save_plot(path: Path, audits: Sequence[StepAudit], first_r: float, last_r: float) -> None:
+    """Draw bias and noise over r for the last checkpoint and, where there are several, over training, as a PNG.
+
+    first_r, last_r: gap ratios of the run's first and last step, equal where they are constant.
+    """
     # Not from pyplot, which keeps figures and looks for a screen.
     figure = Figure(figsize=(12 if len(audits) > 1 else 9, 6), layout="constrained")
     axes = figure.subplots(1, 2 if len(audits) > 1 else 1, squeeze=False)[0]
@@ -65,7 +68,8 @@ def save_plot(path: Path, audits: Sequence[StepAudit], gap_init: float, gap_end:
     _draw(axes[0], gaps, last.gaps)
     for way in WAYS:
         axes[0].loglog(gaps, [errors.predicted[way] for errors in last.gaps], color="0.3", ls=":", lw=0.8)
-    axes[0].axvspan(min(gap_init, gap_end), max(gap_init, gap_end), color="0.95", zorder=0)
+    # with an edge: one that is constant is seen too
+    axes[0].axvspan(min(first_r, last_r), max(first_r, last_r), color="0.95", lw=2, zorder=0)
     axes[0].set(title=f"step {last.step}; grey: the run's gaps; dotted: predicted", xlabel="gap ratio r")
     axes[0].set_ylabel("error of the slope, relative to the exact slope")
     figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4)

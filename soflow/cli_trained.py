@@ -43,6 +43,7 @@ def _audit(args: argparse.Namespace) -> int:
     from soflow.audit import audit
     from soflow.images import require_writable
     from soflow.run_folder import RunFolder
+    from soflow.step import gap_ratio_at
 
     found = audit(args.run, args.steps, args.samples, args.seed)
     out = args.run / "audit" if args.out is None else args.out
@@ -52,7 +53,8 @@ def _audit(args: argparse.Namespace) -> int:
     config = RunFolder(args.run).read_config()
     about = {"run": config.name, "seed": args.seed, "samples": args.samples}
     audit_report.save_json(out / "audit.json", audits, about)
-    audit_report.save_plot(out / "audit.png", audits, config.times.gap_init, config.times.gap_end)
+    ends = gap_ratio_at(config, 0), gap_ratio_at(config, config.train.total_steps - 1)
+    audit_report.save_plot(out / "audit.png", audits, *ends)
     print(f"{audit_report.table(audits)}\n\n{out / 'audit.json'}, {out / 'audit.png'}")
     return DONE
 

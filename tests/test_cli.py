@@ -694,6 +694,17 @@ def test_audit_writes_tables_json_and_plot(trained, tmp_path, capsys):
     assert checkpoint.newest(run / "checkpoints").name == "step-00000004"
 
 
+@pytest.mark.parametrize(("method", "ends"), [("const", (0.05, 0.05)), ("linear", (0.1, 0.075))])
+def test_the_plot_of_an_audit_shades_the_gaps_of_the_run(tmp_path, monkeypatch, method, ends):
+    config = tiny.config(tmp_path, "train.total_steps=2", f"times={{gap_method: {method}, gap_end: 0.05}}")
+    run = trainer.Trainer(config, Processes(0, 1, torch.device("cpu")))
+    run.fit()
+    seen = []
+    monkeypatch.setattr("soflow.audit_report.save_plot", lambda path, audits, *gaps: seen.append(gaps))
+    assert main(["audit", str(run.folder.path), "--samples", "1"]) == 0
+    assert seen == [pytest.approx(ends)]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
