@@ -110,7 +110,7 @@ def _sample_parser() -> argparse.ArgumentParser:
         "--vae",
         metavar="NAME",
         help="decodes what is drawn: folder of a diffusers AutoencoderKL, or its name on the hub (default: none where "
-        f"the run is of images, and {OFFICIAL_VAE} where it is of latents)",
+        f"the run is of images; where it is of latents train.sample_vae, or else {OFFICIAL_VAE})",
     )
     add_weights(parser)
     parser.add_argument(
@@ -174,8 +174,8 @@ def _prepare(args: argparse.Namespace, processes: "Processes") -> _Task:
         require_calls("--nfe", args.nfe, flow.sampler)
         classes, seeds = _choose_images(args.classes, args.seeds, network.num_classes)
         vae = None
-        if args.vae is not None or trained.of_latents:
-            vae = load_vae(args.vae or OFFICIAL_VAE, processes.device)
+        if name := args.vae or trained.vae:
+            vae = load_vae(name, processes.device)
             vae.require_channels("--vae", network.in_channels)
     first_step = processes.agree(trained.step)
     with processes.failing_together():

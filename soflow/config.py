@@ -448,11 +448,11 @@ class Config:
         return Path(self.output_dir) / self.name
 
     @property
-    def of_latents(self) -> bool:
-        """Whether the network draws latents, which a VAE has to decode; of own data a VAE for the grids says so too."""
-        if self.data.source == "own":
-            return self.train.sample_vae is not None or are_latents(self.network.in_channels)
-        return self.data.source in LATENT_SOURCES
+    def vae(self) -> str | None:
+        """What decodes the latents that the network draws: the VAE of the grids, or the official one; None: images."""
+        is_own = self.data.source == "own"
+        latents = are_latents(self.network.in_channels) if is_own else self.data.source in LATENT_SOURCES
+        return self.train.sample_vae or (OFFICIAL_VAE if latents else None)
 
     def _require_what_the_objective_takes(self) -> None:
         name, flow = self.objective.name, self.flow

@@ -54,7 +54,7 @@ shape = (4, {channels}, {size}, {size})
 or `soflow sample . --nfe {nfe} --grid samples.png`. `config.json` holds the shape of the network.
 """
 DECODING = """\
-vae = load_vae("{vae}", noise.device)  # or another that its training data were encoded by
+vae = load_vae({vae}, noise.device)  # the one that encoded its training data
 images = vae.decode(latents)
 """
 # by objective: its tag, and what the network has learned
@@ -83,15 +83,15 @@ VELOCITY_NFE = 64
 class Trained:
     """Weights of a network, and what they belong to.
 
-    objective: what trained them.  of_latents: whether a VAE has to decode what they draw.  kind: ema (averaged) or
-    model (of the last step).  sigma_rel: width of the profile that the average was rebuilt for (`rebuild_average`),
-    None where it is the run's own.
+    objective: what trained them.  vae: name of what decodes the latents that they draw, None where they draw images.
+    kind: ema (averaged) or model (of the last step).  sigma_rel: width of the profile that the average was rebuilt for
+    (`rebuild_average`), None where it is the run's own.
     """
 
     network: NetworkConfig
     flow: FlowConfig
     objective: str
-    of_latents: bool
+    vae: str | None
     weights: Mapping[str, Tensor]
     kind: str
     step: int
@@ -115,7 +115,7 @@ def write_export(folder: Path, trained: Trained) -> None:
         "network": dataclasses.asdict(trained.network),
         "flow": dataclasses.asdict(trained.flow),
         "objective": trained.objective,
-        "of_latents": trained.of_latents,
+        "vae": trained.vae,
         "weights": trained.kind,
         "sigma_rel": trained.sigma_rel,
         "step": trained.step,
@@ -156,7 +156,9 @@ def read_export(folder: Path) -> Trained:
         # exports once did not say: no more than their own sampler promises
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
         require_sampler("flow.sampler", flow.sampler, objective)
-        of_latents = bool(described.get("of_latents", are_latents(network.in_channels)))
+        vae = described.get("vae", OFFICIAL_VAE if are_latents(network.in_channels) else None)
+        if not isinstance(vae, str | None):
+            raise CheckpointError(f"{path}: vae: got {vae!r}, expected a name or null")
         kind, step = str(described["weights"]), int(described["step"])
         width = described.get("sigma_rel")
         sigma_rel = None if width is None else float(width)
@@ -173,7 +175,7 @@ def read_export(folder: Path) -> Trained:
         network=network,
         flow=flow,
         objective=objective,
-        of_latents=of_latents,
+        vae=vae,
         weights=weights,
         kind=kind,
         step=step,
@@ -189,7 +191,7 @@ def _model_card(trained: Trained) -> str:
     return MODEL_CARD.format(
         name=network.name,
         tags=", ".join(tags),
-        drawn="the latent of an image" if trained.of_latents else "an image",
+        drawn="the latent of an image" if trained.vae else "an image",
         calls="one network call" if nfe == 1 else f"{nfe} network calls",
         learned=learned,
         millions=sum(tensor.numel() for tensor in trained.weights.values()) / 1e6,
@@ -203,10 +205,10 @@ def _model_card(trained: Trained) -> str:
         weights=_weights_called(trained),
         step=trained.step,
         nfe=nfe,
-        result="latents" if trained.of_latents else "images",
+        result="latents" if trained.vae else "images",
         labels=f"torch.arange(4) % {network.num_classes}" if network.num_classes else "None",
-        imports="from soflow.vae import load_vae\n" if trained.of_latents else "",
-        decoding=DECODING.format(vae=OFFICIAL_VAE) if trained.of_latents else "",
+        imports="from soflow.vae import load_vae\n" if trained.vae else "",
+        decoding=DECODING.format(vae=json.dumps(trained.vae)) if trained.vae else "",
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from soflow import checkpoint
 from soflow.assembly import choose_ops
 from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
-from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, are_latents, require_sampler
+from soflow.config import OFFICIAL_VAE, Config, FlowConfig, NetworkConfig, Sampler, are_latents, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, is_export, read_export
@@ -243,7 +243,7 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
             network=network,
             flow=FlowConfig(),
             objective="soflow",
-            of_latents=are_latents(network.in_channels),
+            vae=OFFICIAL_VAE if are_latents(network.in_channels) else None,
             weights=state,
             kind=weights,
             step=official.step,
@@ -288,7 +288,7 @@ def _trained(config: Config, step: int, weights: Mapping[str, Tensor], kind: str
         network=config.network,
         flow=config.flow,
         objective=config.objective.name,
-        of_latents=config.of_latents,
+        vae=config.vae,
         weights=weights,
         kind=kind,
         step=step,

@@ -481,14 +481,19 @@ def test_an_official_network_without_a_null_label_is_not_taken_for_one_of_fewer_
 
 
 def untrained(
-    folder: Path, channels: int = 1, poison: bool = False, num_classes: int = 0, of_latents: bool = False
+    folder: Path,
+    channels: int = 1,
+    poison: bool = False,
+    num_classes: int = 0,
+    of_latents: bool = False,
+    vae: Path | None = None,
 ) -> Path:
     """A step folder of a network that was not trained."""
     data = "{source: latents, root: x}" if of_latents else "{source: digits}"
     config = parse_config(
         "{name: x, network: {name: DiT, input_size: 4, patch_size: 2, hidden_size: 8, depth: 1, num_heads: 1, "
         f"num_classes: {num_classes}, in_channels: {channels}}}, data: {data}, "
-        "train: {total_steps: 1, batch_size: 1, sample_every: 0}}",
+        f"train: {{total_steps: 1, batch_size: 1, sample_every: 0, sample_vae: {json.dumps(vae and str(vae))}}}}}",
         "test",
     )
     flow = build_flow(config.network, config.flow, reference)
@@ -549,13 +554,13 @@ def test_colour_images(tmp_path):
     assert not np.array_equal(images[..., 0], images[..., 1])
 
 
-@pytest.mark.parametrize("channels", [3, 4])
-def test_latents_become_images_by_the_vae(tmp_path, channels):
+@pytest.mark.parametrize(("channels", "is_known"), [(3, False), (4, False), (4, True)])
+def test_latents_become_images_by_the_vae(tmp_path, channels, is_known):
     """One seed at a time or all at once: the images are the decoded samples, to the last bit of rounding."""
-    folder = untrained(tmp_path, channels=channels, of_latents=True)
     vae = tiny_vae.save(tmp_path, latent_channels=channels)
-    argv = ["sample", str(folder), "--seeds", "0-9", "--npz", str(tmp_path / "a.npz"), "--vae", str(vae)]
-    assert main(argv) == 0
+    folder = untrained(tmp_path, channels=channels, of_latents=True, vae=vae if is_known else None)
+    argv = ["sample", str(folder), "--seeds", "0-9", "--npz", str(tmp_path / "a.npz")]
+    assert main(argv if is_known else [*argv, "--vae", str(vae)]) == 0
     images = drawn(tmp_path / "a.npz")
     assert images.shape == (10, 8, 8, 3)
     flow, _ = load_flow(folder)

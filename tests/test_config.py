@@ -9,6 +9,7 @@ import pytest
 
 from soflow.config import (
     LATENT_SOURCES,
+    OFFICIAL_VAE,
     Config,
     DataConfig,
     EmaConfig,
@@ -277,20 +278,21 @@ def test_grids_need_as_many_calls_as_their_sampler_makes(objective):
 
 
 @pytest.mark.parametrize(
-    ("source", "channels", "vae", "of_latents"),
+    ("source", "channels", "vae", "expected"),
     [
-        ("hdf5", 4, None, True),
-        ("latents", 3, None, True),
-        ("digits", 1, None, False),
-        ("own", 3, None, False),
-        ("own", 3, "vae", True),
-        ("own", 4, None, True),
+        ("hdf5", 4, None, OFFICIAL_VAE),
+        ("latents", 3, None, OFFICIAL_VAE),
+        ("latents", 4, "vae", "vae"),
+        ("digits", 1, None, None),
+        ("own", 3, None, None),
+        ("own", 3, "vae", "vae"),
+        ("own", 4, None, OFFICIAL_VAE),
     ],
 )
-def test_what_a_network_draws_is_what_it_was_trained_with(source, channels, vae, of_latents):
+def test_what_a_network_draws_is_what_it_was_trained_with(source, channels, vae, expected):
     made = config(
         network=NetworkConfig(**{**NETWORK, "in_channels": channels}),
         data=DataConfig(source=source, root="folder" if source in LATENT_SOURCES else None),
         train=TrainConfig(**TRAIN, sample_every=0, sample_vae=vae),
     )
-    assert made.of_latents is of_latents
+    assert made.vae == expected

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from soflow import checkpoint, export
 from soflow.checkpoint import CheckpointError, files
 from soflow.cli import main
-from soflow.config import OFFICIAL_VAE, FlowConfig, NetworkConfig
+from soflow.config import FlowConfig, NetworkConfig
 from soflow.distributed import Processes
 from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, read_export, write_export
@@ -157,9 +157,9 @@ def test_what_the_model_card_says_is_true(
     network = NetworkConfig(**shape, in_channels=channels, num_classes=num_classes)
     flow = FlowConfig(sampler=sampler)
     weights = build_flow(network, flow, reference).network.state_dict()
-    trained = Trained(
-        network=network, flow=flow, objective=objective, of_latents=of_latents, weights=weights, kind="ema", step=3
-    )
+    tiny_vae.save(tmp_path, latent_channels=channels)
+    vae = "../vae" if of_latents else None
+    trained = Trained(network=network, flow=flow, objective=objective, vae=vae, weights=weights, kind="ema", step=3)
     write_export(tmp_path / "out", trained)
     card = (tmp_path / "out" / "README.md").read_text()
 
@@ -171,12 +171,11 @@ def test_what_the_model_card_says_is_true(
     assert max(map(len, card.splitlines())) <= 120
 
     monkeypatch.chdir(tmp_path / "out")
-    vae = str(tiny_vae.save(tmp_path, latent_channels=channels))
     names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace(OFFICIAL_VAE, vae), names)
+    exec(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1], names)
     assert names["images"].shape == ((4, 3, 16, 16) if of_latents else (4, channels, 8, 8))
     program, *argv = shlex.split(re.search(r"`(soflow sample .*?)`", card)[1])
-    assert (program, main([*argv, *(["--vae", vae] if of_latents else [])])) == ("soflow", 0)
+    assert (program, main(argv)) == ("soflow", 0)
     with Image.open("samples.png") as picture:
         assert picture.size == (10 * 65 + 1, min(num_classes or 10, 10) * 65 + 1)
 
@@ -186,12 +185,12 @@ def test_an_export_that_does_not_name_its_objective_promises_no_more_than_its_sa
     assert main(["export", str(run), str(out)]) == 0
     described = json.loads((out / "config.json").read_text())
     assert described.pop("objective") == "soflow"
-    assert described.pop("of_latents") is False
+    assert described.pop("vae") is None
     for sampler, objective in (("chain", "soflow"), ("euler", "flow_matching")):
         described["flow"]["sampler"] = sampler
         (out / "config.json").write_text(json.dumps(described))
         assert read_export(out).objective == objective
-        assert not read_export(out).of_latents
+        assert read_export(out).vae is None
 
 
 def test_nothing_is_replaced(tmp_path, run, capsys):
