@@ -100,8 +100,19 @@ def test_draws_depend_on_seed_step_and_position_alone():
     whole = sample_augmentation(3, 7, positions, 0.5).labels()
     parts = [sample_augmentation(3, 7, part, 0.5).labels() for part in positions.split((13, 37))]
     assert torch.equal(whole, torch.cat(parts))
+    # each of them, where no change is left out
+    first = vars(sample_augmentation(3, 7, positions, 1.0))
     for seed, step in ((4, 7), (3, 8)):
-        assert not torch.equal(whole, sample_augmentation(seed, step, positions, 0.5).labels())
+        other = vars(sample_augmentation(seed, step, positions, 1.0))
+        assert not [name for name in first if torch.equal(first[name], other[name])]
+
+
+def test_changes_are_drawn_apart():
+    draw = sample_augmentation(0, 0, torch.arange(20_000), 0.5)
+    values = torch.stack((draw.flip, draw.scale, draw.aniso, draw.angle, *draw.translate.T))
+    assert (torch.corrcoef(values) - torch.eye(6)).abs().max() < 0.04
+    # and so are the decisions for them, of which both shifts have one
+    assert (torch.corrcoef((values[:5] != 0).float()) - torch.eye(5)).abs().max() < 0.04
 
 
 @pytest.mark.parametrize("p", [0.0, 0.12, 1.0])

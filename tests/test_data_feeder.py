@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from soflow.augment import augment, sample_augmentation
 from soflow.config import DataConfig, ObjectiveConfig, TimesConfig
 from soflow.data import ArraySource, BatchOrder, DataError, Feeder, LatentSource, Rows, Source, open_feeder
 from soflow.data.feeder import has_dali
@@ -158,15 +159,15 @@ def test_every_sample_comes_once_per_epoch_and_epochs_differ(kind):
 
 
 @pytest.mark.parametrize("kind", FEEDERS)
-def test_augmentation_is_the_same_by_each_feeder(kind):
-    source = array_source(dtype=torch.uint8)
-    for ours, theirs in zip(
-        take(open_feeder(settings(kind, augment_p=0.3), source, order(source), CPU), 3),
-        take(open_feeder(settings("resident", augment_p=0.3), source, order(source), CPU), 3),
-        strict=True,
-    ):
-        assert ours.augment_labels.shape == (BATCH, 6)
-        assert_same(ours, theirs)
+def test_augmentation_is_that_of_seed_step_and_position(kind):
+    """By each feeder, for positions that are not the places in the share."""
+    source, positions = array_source(dtype=torch.uint8), (3, 8, 1)
+    feeder = open_feeder(settings(kind, augment_p=0.3), source, order(source, positions), CPU)
+    for step, rows in enumerate(take(feeder, 3)):
+        mean, _, _ = source.read(rows.indices)
+        images, labels = augment(mean, sample_augmentation(5, step, torch.tensor(positions), 0.3))
+        assert torch.equal(rows.augment_labels, labels)
+        assert torch.equal(rows.mean, images)
 
 
 def test_auto_keeps_what_is_in_memory_on_the_device(tmp_path):
@@ -321,6 +322,18 @@ def test_only_batches_since_the_last_look_are_read_again(monkeypatch):
         feeder.require_finite(ALONE)
     feeder.close()
     assert len(read_again) == feeder.step - 1000 < 20
+
+
+def test_steps_before_a_seek_are_not_read_again():
+    source = Decaying(torch.zeros(40, 1, 4, 4), torch.zeros(40, dtype=torch.int64))
+    source.decayed = True
+    feeder = open_feeder(settings("plain"), source, order(source), CPU)
+    feeder.seek(1000)
+    while not feeder.nonfinite.item():
+        next(feeder)
+    with pytest.raises(DataError, match=r"samples 7 hold NaN or infinity \(steps 1000 to "):
+        feeder.require_finite(ALONE)
+    feeder.close()
 
 
 def test_a_batch_larger_than_the_data_is_refused():

@@ -1,13 +1,23 @@
 import pytest
 import torch
 
+from soflow import streams
 from soflow.config import ObjectiveConfig, TimesConfig
 from soflow.draw import Share, sample_batch, share_batch
 from soflow.kernels import reference
 from soflow.times import MIN_GAP
 
 
-def draw(positions, step=5, seed=1, num_velocity=0, label_dropout=0.25, std=None, objective="soflow"):
+def draw(
+    positions,
+    step=5,
+    seed=1,
+    num_velocity=0,
+    label_dropout=0.25,
+    std=None,
+    objective="soflow",
+    times: TimesConfig | None = None,
+):
     positions = torch.tensor(positions)
     return sample_batch(
         torch.zeros(len(positions), 2, 4, 4),
@@ -18,7 +28,7 @@ def draw(positions, step=5, seed=1, num_velocity=0, label_dropout=0.25, std=None
         seed=seed,
         step=torch.tensor(step),
         r=torch.tensor(0.1),
-        times=TimesConfig(),
+        times=times or TimesConfig(),
         objective=ObjectiveConfig(name=objective, label_dropout=label_dropout),
         ops=reference,
     )
@@ -31,21 +41,43 @@ def test_rows_depend_on_their_position_alone():
         assert torch.equal(getattr(part, name), getattr(whole, name)[[7, 2]]), name
 
 
-def test_streams_differ_by_seed_and_step():
-    noise = draw([0, 1]).x_1
-    assert not torch.equal(noise[0], noise[1])
-    for other in (draw([0, 1], step=6), draw([0, 1], seed=2), draw([0, 1], seed=1 + 2**32)):
-        assert not torch.equal(other.x_1, noise)
+def test_every_draw_depends_on_position_seed_and_step():
+    rows = list(range(64))
+    first = draw(rows, label_dropout=0.5)
+    assert not torch.equal(first.x_1[0], first.x_1[1])
+    for change in ({"step": 6}, {"seed": 2}, {"seed": 1 + 2**32}):
+        other = draw(rows, label_dropout=0.5, **change)
+        for name in ("x_1", "t", "s", "null_mask"):
+            assert not torch.equal(getattr(first, name), getattr(other, name)), (name, change)
+    assert first.draw_keys.tolist() == [[1, 5, row] for row in rows]
 
 
-def test_times_are_ordered_and_distributed():
-    times = TimesConfig()
+def test_no_two_draws_share_a_stream():
+    others = [
+        reference.POSTERIOR_STREAM,
+        reference.NOISE_STREAM,
+        streams.TIME_STREAM,
+        streams.NULL_STREAM,
+        streams.AUGMENT_UNIFORM_STREAM,
+        streams.AUGMENT_NORMAL_STREAM,
+    ]
+    assert len(set(others)) == len(others)
+    assert max(others) < streams.DROPOUT_STREAM  # of which each layer takes the next one
+
+
+def test_every_time_has_its_own_mean_and_spread():
+    """So far apart that none is cut by another."""
+    times = TimesConfig(velocity_mean=-1.0, velocity_std=0.4, t_mean=2.0, t_std=0.8, s_mean=-4.0, s_std=0.2)
+    batch = draw(list(range(4000)), num_velocity=2000, times=times)
+    for drawn, mean, std in ((batch.t[:2000], -1.0, 0.4), (batch.t[2000:], 2.0, 0.8), (batch.s[2000:], -4.0, 0.2)):
+        logit = torch.logit(drawn.double())
+        assert logit.mean() == pytest.approx(mean, abs=4 * std / 2000**0.5)
+        assert logit.std() == pytest.approx(std, rel=0.08)
+
+
+def test_times_are_ordered():
     batch = draw(list(range(4000)), num_velocity=2000)
-    logit = torch.logit(batch.t[:2000].double())
-    assert logit.mean() == pytest.approx(times.velocity_mean, abs=4 * times.velocity_std / 2000**0.5)
-    assert logit.std() == pytest.approx(times.velocity_std, rel=0.08)
     t, l, s = batch.t[2000:], batch.l[2000:], batch.s[2000:]
-    assert torch.logit(t.double()).mean() == pytest.approx(times.t_mean, abs=4 * times.t_std / 2000**0.5)
     assert (s <= l).all()
     assert (l < t).all()
     # the published share of rows at the least gap: 14.4 %
@@ -99,6 +131,7 @@ def test_meanflow_orders_its_draws():
     assert torch.equal(ours.x_1, soflow.x_1)
     assert torch.equal(ours.null_mask, soflow.null_mask)
     assert (ours.s <= ours.t).all()
+    assert torch.equal(ours.t, draw(rows, objective="meanflow").t)
     consistency = draw(rows)
     # both draws are the ones that SoFlow's consistency rows make, where these are in order already
     in_order = consistency.s < consistency.t - 2 * MIN_GAP
