@@ -558,6 +558,14 @@ def test_all_is_synced_before_a_rename_makes_it_visible(tmp_path: Path, monkeypa
     ]
 
 
+def test_what_is_dropped_stays_dropped_when_the_power_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, 9)
+    synced = []
+    monkeypatch.setattr(steps, "sync", lambda path: synced.append((path, names(path))))
+    drop_later(tmp_path, 3)
+    assert synced == [(tmp_path, {"step-00000009.old.tmp"})]
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("kept")
     for root in (tmp_path / "file", tmp_path / "file" / "checkpoints"):

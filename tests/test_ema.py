@@ -27,6 +27,12 @@ def test_ema_every_step(dtype):
     assert not ema.network.weight.requires_grad
 
 
+def test_an_average_is_for_inference_while_its_network_trains():
+    net = network()
+    assert not Ema(EmaConfig(), net).network.training
+    assert net.training
+
+
 def test_ema_every_sixteen_steps_in_float64():
     """As the official CIFAR recipe: steps 0, 16, 32, ... with decay^16, rounded to float32 once per update."""
     net = network()

@@ -117,6 +117,12 @@ def test_no_false_alarm(losses):
     assert onsets == []
 
 
+@pytest.mark.parametrize(("fall", "collapses"), [(0.19, False), (0.21, True)])
+def test_a_collapse_begins_where_the_consistency_loss_fell_by_a_fifth(fall, collapses):
+    flags, _ = run(Monitor(), [(1.0, 1.0)] * 5 + [(1.0, 1.0 - fall)] * 5)
+    assert flags[-1] == collapses
+
+
 @pytest.mark.parametrize("stop", [0, 3, 9, 10, 11])
 def test_resumed_is_as_if_it_had_not_stopped(stop):
     whole, first = Monitor(), Monitor()

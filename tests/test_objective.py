@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from soflow import Batch, FlowMatching, MeanFlow, Objective, SolutionFlow, middle_time
 from soflow.guidance import cfg_decay
-from soflow.models import DiT
+from soflow.models import DiT, build_network
 
 NULL = 5
 
@@ -187,6 +187,26 @@ def test_every_call_of_a_row_has_its_draw_keys(mix_ratio):
     expected = [batch.draw_keys if mix_ratio == 1.0 else both, batch.draw_keys, batch.draw_keys[2:]]
     assert len(seen) == 3
     assert all(torch.equal(keys, wanted) for keys, wanted in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("objective", "num_velocity", "num_calls"),
+    [(Objective(lookahead="two_pass"), 2, 2), (MeanFlow(), 2, 2), (FlowMatching(), 6, 1)],
+)
+def test_every_call_of_a_row_is_told_its_augmentation(objective, num_velocity, num_calls):
+    """All rows, then those that look ahead; and their draw keys, but for MeanFlow, which has no dropout."""
+    shape = {"input_size": 4, "in_channels": 2, "model_channels": 8, "channel_mult": (1,), "num_blocks": 1}
+    network = build_network("UNet", **shape, attn_resolutions=(), dropout=0.0).double()
+    told, keys = torch.randn(6, 6, dtype=torch.float64), torch.arange(18).view(6, 3)
+    batch = replace(make_batch(6, num_velocity), labels=None, augment_labels=told, draw_keys=keys)
+    seen: list[tuple[Tensor, ...]] = []
+    network.register_forward_pre_hook(lambda _, args: seen.append(args[4:]))
+    objective(SolutionFlow(network), batch)
+    rows = (slice(None), slice(num_velocity, None))[:num_calls]
+    for conditions, part in zip(seen, rows, strict=True):
+        assert torch.equal(conditions[0], told[part])
+        if not isinstance(objective, MeanFlow):
+            assert torch.equal(conditions[1], keys[part])
 
 
 @pytest.mark.parametrize(

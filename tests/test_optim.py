@@ -36,6 +36,12 @@ def test_optimizer_is_torchs(name, kind):
     assert not torch.equal(nets[0].weight, network().weight)
 
 
+def test_the_optimizer_has_the_configured_settings():
+    settings = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.3}
+    (group,) = build_optimizer(OptimConfig(**settings), network().parameters()).param_groups
+    assert {key: group[key] for key in settings} == settings
+
+
 def test_gradient_norm_skips_what_has_no_gradient():
     net = network()
     optimizer = Optimizer(net.parameters())

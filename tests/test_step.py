@@ -13,6 +13,8 @@ from soflow import step as step_module
 from soflow.assembly import Training, assemble, training_ops
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
+from soflow.kernels import reference
+from soflow.times import gap_ratio
 
 CPU = torch.device("cpu")
 OBJECTIVES = {
@@ -99,6 +101,28 @@ def test_the_watch_sees_what_it_should():
         x[x > 1]
         x.nonzero()
     assert len(watch.waits) == 4
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_is_the_configured_one(tmp_path, name):
+    config = tiny.config(tmp_path, *OBJECTIVES[name], "objective.loss_p=0.7", "objective.loss_eps=0.003")
+    made = step_module.build_objective(config, reference)
+    for field in ("cfg_scale", "cfg_decay_time", "mix_ratio", "loss_p", "loss_eps"):
+        assert getattr(made, field) == getattr(config.objective, field), field
+
+
+def test_a_step_trains_the_configured_flow(tmp_path):
+    parts, _ = training(tmp_path, "flow={path: trig, parameterization: trig}")
+    assert (parts.step.flow.path, parts.step.flow.parameterization) == ("trig", "trig")
+
+
+def test_a_step_has_its_own_number_and_gap_ratio(tmp_path):
+    parts, _ = training(tmp_path)
+    times = parts.step.config.times
+    for step in (0, 3, 7):
+        number, r = parts.step.clock(step)
+        assert number.item() == step
+        assert r.item() == pytest.approx(gap_ratio(step, 8, times.gap_init, times.gap_end, times.gap_method), rel=1e-6)
 
 
 def test_two_network_calls_with_the_rows_as_designed(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,14 +245,47 @@ def test_run_folder_of_another_model_is_refused(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_settings_that_compute_nothing_may_change(tmp_path):
-    train(tiny.config(tmp_path), until=2)
-    assert (
-        Trainer(
-            tiny.config(tmp_path, "train.log_every=1", "train.keep_last=5", "engine.recompute=norms"), ALONE
-        ).finished
-        == 2
-    )
+@pytest.mark.parametrize(
+    "change",
+    [
+        "train.log_every=1",
+        "train.checkpoint_every=5",
+        "train.keep_last=5",
+        "train.keep_every=3",
+        "train.accumulation=2",
+        "data.feeder=plain",
+        "data.prefetch=5",
+        "optim.max_bad_steps=7",
+        "engine.recompute=norms",
+        "engine.deterministic=false",
+        "engine.threads=1",
+        "engine.timeout_s=99",
+        "engine.grace_s=9",
+    ],
+)
+def test_settings_that_compute_nothing_may_change(tmp_path, change):
+    train(tiny.config(tmp_path), until=1)
+    assert Trainer(tiny.config(tmp_path, change), ALONE).finished == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "seed=4",
+        "flow.path=trig",
+        "objective.loss_eps=0.1",
+        "times.s_std=0.9",
+        "train.batch_size=13",
+        "optim.lr=2e-3",
+        "ema.decay=0.8",
+        "engine.precision=bf16",
+    ],
+)
+def test_settings_that_compute_something_may_not_change(tmp_path, change):
+    train(tiny.config(tmp_path), until=1)
+    name, _ = change.split("=")
+    with pytest.raises(RunError, match=rf"belongs to another configuration \(there, here\): {name}: "):
+        Trainer(tiny.config(tmp_path, change), ALONE)
 
 
 def test_a_run_whose_grids_are_refused_by_now_is_still_read(tmp_path, monkeypatch):
@@ -584,6 +618,34 @@ def test_gradient_clipping_bounds_the_step(tmp_path):
 def test_sample_grids_are_drawn_from_the_average(tmp_path):
     trainer = train(tiny.config(tmp_path, "train.sample_every=4"))
     assert sorted(f.name for f in Path(trainer.folder.samples).iterdir()) == ["step-00000004.png", "step-00000008.png"]
+
+
+def test_grids_are_drawn_by_the_configured_flow(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("soflow.trainer.sample", lambda flow, _, shape, *rest: drawn.append(flow) or torch.zeros(shape))
+    settings = "flow={path: trig, parameterization: trig, sampler: chain}"
+    trainer = train(tiny.config(tmp_path, settings, "train.total_steps=1", "train.sample_every=1"))
+    (flow,) = drawn
+    assert (flow.path, flow.parameterization, flow.sampler) == ("trig", "trig", "chain")
+    assert flow.network is trainer.ema.network
+    assert not flow.network.training
+
+
+def test_either_kind_of_weights_is_read_for_inference(tmp_path, monkeypatch):
+    """Of a run and of an official file."""
+    trainer = train(tiny.config(tmp_path))
+    states = {"ema": trainer.ema.network.state_dict(), "model": trainer.flow.network.state_dict()}
+    official = tmp_path / "official.pt"
+    checkpoint.save_official(official, **states, optimizer=trainer.optimizer.state_dict(), step=8, epochs=1)
+    # the number of heads does not show in the weights of a size that is not official
+    monkeypatch.setattr(checkpoint, "infer_dit_shape", partial(checkpoint.infer_dit_shape, num_heads=2))
+    for path in (trainer.folder.path, official):
+        for kind, state in states.items():
+            flow, _ = load_flow(path, kind)
+            assert not flow.network.training
+            assert not any(p.requires_grad for p in flow.parameters())
+            for name, tensor in flow.network.state_dict().items():
+                assert torch.equal(tensor, state[name]), (kind, name)
 
 
 @pytest.mark.parametrize(
