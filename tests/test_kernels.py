@@ -1,5 +1,6 @@
 """The fused kernels, run by Triton's interpreter on the CPU: forward and every gradient against float64."""
 
+import dataclasses
 import inspect
 import json
 import os
@@ -134,6 +135,28 @@ def test_partial_sums_over_slabs(B, interpreted, monkeypatch):
     assert kernels.tuning.num_slabs(B, 13) == 8
     for case in norm_cases(B, 13, 16):
         check(case, interpreted, case.inputs(torch.float32, "cpu"))
+
+
+def test_norm_of_rows_far_from_zero(interpreted):
+    """Of the differences from their mean: that of the squares from its square would cancel."""
+    case = norm_cases(2, 3, 24)[0]
+    x, *modulation = case.inputs(torch.float32, "cpu")
+    inputs = [x + 100.0, *modulation]
+    (ours,), _ = case.call(interpreted, inputs)
+    (exact,), _ = case.call(reference, [y.double() for y in inputs])
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-4)
+
+
+def test_attention_of_large_scores(interpreted):
+    """Of hundreds, whose exponentials float32 does not hold."""
+    case = Case("attention", (1, 20, 1, 16), flat(small(randn(1, 20, 3 * 16), 12.0)), (1,), (0,), roundings=256)
+    check(case, interpreted, case.inputs(torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize(("p", "eps"), [(0.75, 0.001), (1.0, 0.01), (0.5, 0.1)])
+def test_loss_is_weighted_by_the_p_and_eps_it_is_given(p, eps, interpreted):
+    case = next(case for case in point_cases(5, 2, 3, 7) if case.op == "solution_loss")
+    check(dataclasses.replace(case, constants=(p, eps)), interpreted, case.inputs(torch.float32, "cpu"))
 
 
 def test_loss_sums_more_rows_than_a_block(interpreted, monkeypatch):
