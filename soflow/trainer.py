@@ -166,9 +166,6 @@ class Trainer:
                         self._save(writer)
                 watchdog.beat(self.finished)
             self._heed(ballot.result(), writer)
-            # the votes of a GPU knew of the steps before; the same in every process
-            if self.step.most_bad_in_row(wait=True) >= self._bad_steps_allowed:
-                self._give_up()
             if self.finished < train.total_steps and self.finished % train.checkpoint_every:
                 self._save(writer)
             # a torchrun that ends is a reason for Slurm to end the others: none does while the first process writes
@@ -308,6 +305,9 @@ class Trainer:
             raise DivergedError(
                 f"step {self.finished}: the loss or its gradient is not finite; no checkpoint was written"
             )
+        # the votes of a GPU, and of several processes, know of the steps before; the same in every process
+        if self.step.most_bad_in_row(wait=True) >= self._bad_steps_allowed:
+            self._give_up()
         first = self.processes.is_first
         if not (first or is_sharded(self.flow.network)):
             return

@@ -486,17 +486,20 @@ def test_steps_without_a_finite_gradient_are_skipped_and_counted(tmp_path):
         assert all(torch.isfinite(p).all() for p in network.parameters())
 
 
-@pytest.mark.parametrize("until", [None, 6])
-def test_a_bad_gradient_in_the_last_step_is_not_missed(tmp_path, monkeypatch, until):
-    """Where a step's count is known late, as on a GPU, at the end of a run and at a stop."""
-    trainer = Trainer(tiny.config(tmp_path, "optim.nonfinite=stop", "train.log_every=100"), ALONE)
-    count, last = trainer.step.most_bad_in_row, until or 8
+@pytest.mark.parametrize(("bad", "until", "checkpoint_every"), [(8, None, 100), (6, 6, 100), (4, None, 4)])
+def test_a_bad_gradient_is_not_missed_by_what_is_saved(tmp_path, monkeypatch, bad, until, checkpoint_every):
+    """Where a step's count is known late, as on a GPU: at the end of a run, at a stop, and at a checkpoint."""
+    settings = ("optim.nonfinite=stop", "train.log_every=100", f"train.checkpoint_every={checkpoint_every}")
+    trainer = Trainer(tiny.config(tmp_path, *settings), ALONE)
+    count = trainer.step.most_bad_in_row
     monkeypatch.setattr(trainer.step, "most_bad_in_row", lambda wait=False: count() if wait else 0)
     bias = trainer.flow.network.final_layer.linear.bias
-    bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished == last - 1 else 1.0))
-    with pytest.raises(DivergedError, match=rf"step {last}: 1 step\(s\) in a row had no finite gradient"):
+    bias.register_hook(lambda grad: grad * (float("nan") if trainer.finished == bad - 1 else 1.0))
+    with pytest.raises(DivergedError, match=rf"step {bad}: 1 step\(s\) in a row had no finite gradient"):
         trainer.fit(until)
     assert json.loads(trainer.folder.status.read_text())["state"] == "failed"
+    # or the run would go on behind that step when it is started again
+    assert checkpoint.newest(trainer.folder.checkpoints) is None
 
 
 @pytest.mark.parametrize("num_processes", [3, 6, 7])
