@@ -31,3 +31,4 @@ def _deterministic():
     torch.use_deterministic_algorithms(True)
     # with NaN: an element that nothing wrote shows
     torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

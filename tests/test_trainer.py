@@ -674,18 +674,17 @@ def test_algorithms_are_those_that_give_the_same_bits_again_unless_told(monkeypa
         assert torch.are_deterministic_algorithms_enabled() is same_bits
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    configure_torch(EngineConfig(deterministic=False))
+    with pytest.raises(ValueError, match=r"CUBLAS_WORKSPACE_CONFIG: got ':0:0', expected :4096:8 or :16:8, or engine"):
+        configure_torch(EngineConfig())
 
 
 def test_products_in_tf32_are_those_of_that_precision_alone():
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    try:
-        for precision in ("tf32", "fp32", "tf32", "bf16"):
-            configure_torch(EngineConfig(precision=precision))
-            assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
-    finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+    for precision in ("tf32", "fp32", "tf32", "bf16"):
+        configure_torch(EngineConfig(precision=precision))
+        assert [backend.allow_tf32 for backend in backends] == [precision == "tf32"] * 2
 
 
 OBJECTIVES = {
