@@ -136,6 +136,10 @@ def run(command: list[str], limit_s: int) -> tuple[int, str]:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
             return 124, f"{output}\ncut off after {timeout:.0f} s\n"
+        except BaseException:
+            # in a session of its own it does not hear of what ends this one
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     return process.returncode, output
 
 
@@ -292,7 +296,7 @@ def step() -> Stage:
     few = [text for variant in LARGE_VARIANTS for text in ("--variant", variant)]
     measured: list[dict[str, Any]] = []
     failures = []
-    for model, options, limit_s in ((small, [], 200), (large, few, 120)):
+    for model, options, limit_s in ((small, [], 200), (large, few, 200)):
         try:
             measured += figures_of("step", "--model", model, *options, limit_s=limit_s)["rows"]
         except BenchError as error:
@@ -427,6 +431,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("error: got no GPU, expected one: bench.gpu_gate runs what needs it", file=sys.stderr)
         return 2
+    # as a scheduler or a time limit ends it: with the stage that runs
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     Clock.end = time.monotonic() + 60.0 * args.minutes
     now = datetime.now(timezone.utc)
     result = {"time": now.isoformat(timespec="seconds"), **machine()}

@@ -1,5 +1,8 @@
 import json
+import signal
+import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,9 +69,38 @@ def test_a_command_is_cut_off_at_its_limit_with_all_that_it_started(tmp_path):
     script = f"sleep 60 & echo $! > {tmp_path / 'child'}; echo begun; wait"
     code, output = gpu_gate.run(["bash", "-c", script], limit_s=2)
     assert (code, output) == (124, "begun\n\ncut off after 2 s\n")
-    # dead, or a zombie that nobody waits for
-    child = Path("/proc") / (tmp_path / "child").read_text().strip() / "stat"
-    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert not runs(int((tmp_path / "child").read_text()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_gate_that_is_ended_ends_its_stage(tmp_path, number):
+    stage = f"sleep 60 & echo $! > {tmp_path / 'child'}; wait"
+    code = (
+        "import sys, torch\nfrom bench import gpu_gate\n"
+        "torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda: 'Test GPU 1'\n"
+        "gpu_gate.machine = lambda: {'gpu': 'Test GPU 1'}\n"
+        f"gpu_gate.STAGES = {{'long': lambda: gpu_gate.run(['bash', '-c', {stage!r}], 60)}}\n"
+        f"sys.argv = ['bench.gpu_gate', '--results', {str(tmp_path)!r}]\ngpu_gate.main()"
+    )
+    # a child of a shell that runs in the background would be deaf to SIGINT
+    gate = subprocess.Popen(
+        [sys.executable, "-c", f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"],
+        cwd=gpu_gate.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    child = tmp_path / "child"
+    while gate.poll() is None and not (child.exists() and child.read_text().strip()):
+        time.sleep(0.05)
+    gate.send_signal(number)
+    assert gate.wait(timeout=30) != 0
+    assert not runs(int(child.read_text()))
+
+
+def runs(process: int) -> bool:
+    """Whether a process is there, and no zombie that nobody waits for."""
+    stat = Path("/proc") / str(process) / "stat"
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def test_a_stage_that_the_clock_cuts_off_keeps_what_it_measured(monkeypatch):
