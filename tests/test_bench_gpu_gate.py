@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_a_command_is_cut_off_at_its_limit_with_all_that_it_started(tmp_path):
     script = f"sleep 60 & echo $! > {tmp_path / 'child'}; echo begun; wait"
     code, output = gpu_gate.run(["bash", "-c", script], limit_s=2)
     assert (code, output) == (124, "begun\n\ncut off after 2 s\n")
-    assert not runs(int((tmp_path / "child").read_text()))
+    assert ends(int((tmp_path / "child").read_text()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -94,13 +95,19 @@ def test_a_gate_that_is_ended_ends_its_stage(tmp_path, number):
         time.sleep(0.05)
     gate.send_signal(number)
     assert gate.wait(timeout=30) != 0
-    assert not runs(int(child.read_text()))
+    assert ends(int(child.read_text()))
 
 
-def runs(process: int) -> bool:
-    """Whether a process is there, and no zombie that nobody waits for."""
-    stat = Path("/proc") / str(process) / "stat"
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+def ends(process: int) -> bool:
+    """Whether a process that was killed is soon gone, or a zombie that nobody waits for."""
+    stat, end = Path("/proc") / str(process) / "stat", time.monotonic() + 10
+    while time.monotonic() < end:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        return True
+    return False
 
 
 def test_a_stage_that_the_clock_cuts_off_keeps_what_it_measured(monkeypatch):
