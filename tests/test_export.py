@@ -157,8 +157,10 @@ def test_what_the_model_card_says_is_true(
     network = NetworkConfig(**shape, in_channels=channels, num_classes=num_classes)
     flow = FlowConfig(sampler=sampler)
     weights = build_flow(network, flow, reference).network.state_dict()
-    tiny_vae.save(tmp_path, latent_channels=channels)
-    vae = "../vae" if of_latents else None
+    vae = None
+    if of_latents:
+        tiny_vae.save(tmp_path, latent_channels=channels)
+        vae = "../vae"
     trained = Trained(network=network, flow=flow, objective=objective, vae=vae, weights=weights, kind="ema", step=3)
     write_export(tmp_path / "out", trained)
     card = (tmp_path / "out" / "README.md").read_text()
