@@ -67,6 +67,7 @@ def test_latents_are_those_of_the_crops(flip, tmp_path):
     assert encoder(tmp_path, flip=flip, dtype="float32").run(3, max_bad=0, progress=done.append) == []
     source = LatentSource(tmp_path / "latents")
     source.verify()
+    assert max(entry.count for entry in source.manifest.shards) == 2  # what its size holds in float32
     expected = expected_moments(tmp_path / "images", flip)
     mean, std, labels = source.read(np.arange(len(source)))
     stored = torch.cat((mean, std), dim=1).numpy() / 0.18215
@@ -129,8 +130,10 @@ def test_bad_files_are_listed_and_counted(tmp_path):
     (tmp_path / "images" / "cat" / "03.png").write_bytes(b"no image")
     content = (tmp_path / "images" / "dog" / "08.png").read_bytes()
     (tmp_path / "images" / "dog" / "08.png").write_bytes(content[:60])
+    done: list[int] = []
     with pytest.raises(DataError, match=r"bad_files.jsonl: 2 files could not be encoded, expected at most 1"):
-        encoder(tmp_path).run(3, max_bad=1)
+        encoder(tmp_path).run(3, max_bad=1, progress=done.append)
+    assert sum(done) == NUM_IMAGES
     lines = (tmp_path / "latents" / "bad_files.jsonl").read_text().splitlines()
     assert [json.loads(line)["path"] for line in lines] == ["cat/03.png", "dog/08.png"]
     assert all(json.loads(line)["reason"] for line in lines)
@@ -274,9 +277,11 @@ def test_the_command_refuses_bad_files_with_their_list(tmp_path, capsys):
 
 def test_other_data_sets_are_inspected(tmp_path, capsys):
     latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    (tmp_path / "official").mkdir()
+    latent_folders.write_hdf5(tmp_path / "official" / "imagenet_latent.hdf5")
     write_images(tmp_path / "images")
-    for path, kind, samples in ((tmp_path / "official.hdf5", "hdf5", 16), (tmp_path / "images", "images", 11)):
-        assert main(["inspect", str(path), "--size", "16"]) == 0
+    for name, kind, samples in (("official.hdf5", "hdf5", 16), ("official", "hdf5", 16), ("images", "images", 11)):
+        assert main(["inspect", str(tmp_path / name), "--size", "16"]) == 0
         out = capsys.readouterr().out
         assert f"source        {kind}\nsamples       {samples}\n" in out
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
@@ -288,6 +293,20 @@ def test_an_unfinished_folder_is_inspected_as_one(tmp_path, capsys):
     assert encoder(tmp_path).run(4, max_bad=0, rank=0, world_size=2) is None
     assert main(["inspect", str(tmp_path / "latents")]) == 2
     assert "latents: got an unfinished folder of latents, expected manifest.json" in capsys.readouterr().err
+
+
+def test_every_option_of_the_encoding_is_heeded(tmp_path, monkeypatch):
+    write_images(tmp_path / "images")
+    runs = []
+    monkeypatch.setattr("soflow.data.decode.open_decoder", lambda name, device, threads: (name, device))
+    # the last argument reports the progress
+    monkeypatch.setattr(Encoder, "run", lambda self, *given: runs.append((self.settings, self.decode, given[:-1])))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    arguments = ["encode", tmp_path / "images", tmp_path / "latents", "--vae", tiny_vae.save(tmp_path)]
+    options = "--size 16 --flip --dtype float32 --shard-mib 7 --batch-size 5 --max-bad 2 --decoder dali --device cpu"
+    assert main([*map(str, arguments), *options.split()]) == 0
+    assert runs == [(EncodeSettings(16, True, "float32", 7 * 2**20), ("dali", CPU), (5, 2, 1, 3))]
 
 
 @pytest.fixture
@@ -319,3 +338,14 @@ def test_the_command_converts(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "official.hdf5"), str(tmp_path / "ours"), "--classes", "5"]) == 0
     assert "16 samples of 5 classes, float16" in capsys.readouterr().out
     assert LatentSource(tmp_path / "ours").num_classes == 5
+    assert main(["inspect", str(tmp_path / "ours")]) == 0
+    assert "classes       5, of 0 to 6 samples; none of 3, 4\n" in capsys.readouterr().out
+
+
+def test_every_option_of_the_conversion_is_heeded(tmp_path, monkeypatch):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    calls = []
+    monkeypatch.setattr("soflow.data.hdf5.convert_hdf5", lambda source, *given: calls.append(given[:-1]))
+    arguments = ["convert", tmp_path / "official.hdf5", tmp_path / "ours", "--dtype", "float32", "--shard-mib", "7"]
+    assert main(list(map(str, arguments))) == 0
+    assert calls == [(tmp_path / "ours", "float32", 7 * 2**20)]

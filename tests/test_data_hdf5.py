@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from soflow.config import DataConfig
-from soflow.data import DataError, Hdf5Source, LatentSource, convert_hdf5, open_source
+from soflow.data import DataError, Hdf5Source, LatentSource, convert_hdf5, hdf5, open_source
 
 
 def test_official_file_is_read(tmp_path):
@@ -24,16 +24,18 @@ def test_official_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.0), ("float16", 2e-3)])
-def test_converted_folder_holds_the_same(dtype, tolerance, tmp_path):
+def test_converted_folder_holds_the_same(dtype, tolerance, tmp_path, monkeypatch):
+    # shards of 5 rows, in parts of 2: neither begins anew with the 3 classes
+    monkeypatch.setattr(hdf5, "_ROWS_AT_ONCE", 2)
     latent_folders.write_hdf5(tmp_path / "official.hdf5")
     source = Hdf5Source(tmp_path / "official.hdf5")
     done: list[int] = []
-    per_shard = 6 * 8 * 4 * 4 * np.dtype(dtype).itemsize
+    per_shard = 5 * 8 * 4 * 4 * np.dtype(dtype).itemsize
     convert_hdf5(source, tmp_path / "ours", dtype, shard_bytes=per_shard, progress=done.append)
     ours = LatentSource(tmp_path / "ours")
     ours.verify()
-    assert done == [6, 6, 4]
-    assert [entry.count for entry in ours.manifest.shards] == [6, 6, 4]
+    assert done == [5, 5, 5, 1]
+    assert [entry.count for entry in ours.manifest.shards] == [5, 5, 5, 1]
     assert ours.manifest.dtype == dtype
     for a, b in zip(source.read(np.arange(16)), ours.read(np.arange(16)), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 1e-3)
@@ -42,6 +44,7 @@ def test_converted_folder_holds_the_same(dtype, tolerance, tmp_path):
         "latents-00000.npy",
         "latents-00001.npy",
         "latents-00002.npy",
+        "latents-00003.npy",
         "manifest.json",
     ]
 
@@ -67,8 +70,18 @@ def test_conversion_goes_on_where_it_was_interrupted(tmp_path):
     LatentSource(tmp_path / "ours").verify()
 
 
+def test_a_finished_conversion_is_not_taken_for_one_of_another_type(tmp_path):
+    latent_folders.write_hdf5(tmp_path / "official.hdf5")
+    source = Hdf5Source(tmp_path / "official.hdf5")
+    # as many rows per shard for both: one
+    convert_hdf5(source, tmp_path / "ours", "float16", shard_bytes=1)
+    with pytest.raises(DataError, match="got a finished folder of other contents"):
+        convert_hdf5(source, tmp_path / "ours", "float32", shard_bytes=1)
+
+
 @pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (1e6, "float16")])
-def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path):
+def test_values_that_are_not_finite_are_not_written(value, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "_ROWS_AT_ONCE", 4)
     latents = latent_folders.random_latents(16, "float32")
     latents[11, 2, 0, 0] = value
     latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)
@@ -153,7 +166,8 @@ def test_fingerprint_follows_the_contents(tmp_path: Path):
     assert Hdf5Source(tmp_path / "a.hdf5").fingerprint != prints[0]
 
 
-def test_verify_finds_what_is_not_finite(tmp_path):
+def test_verify_finds_what_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "_ROWS_AT_ONCE", 4)
     latents = latent_folders.random_latents(16, "float32")
     latents[13, 0, 3, 3] = np.inf
     latent_folders.write_hdf5(tmp_path / "official.hdf5", latents=latents)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from soflow.config import DataConfig
-from soflow.data import DataError, ImageFolderSource, open_source
+from soflow.data import DataError, ImageFolderSource, image_folder, open_source
 from soflow.data.crop import center_crop
 from soflow.data.decode import open_decoder, suits_dali
 from soflow.data.feeder import has_dali
@@ -155,6 +155,14 @@ def test_decoder_that_is_not_installed_is_refused(monkeypatch):
     assert isinstance(open_decoder("auto", CPU, 1)([FILES["plain"]])[0], torch.Tensor)
 
 
+def test_auto_decodes_by_dali_on_a_gpu_alone(monkeypatch):
+    monkeypatch.setattr("soflow.data.decode.has_dali", lambda: True)
+    monkeypatch.setattr("soflow.data.decode._dali_decoder", lambda device: f"dali on {device}")
+    assert open_decoder("auto", torch.device("cuda"), 1) == "dali on cuda"
+    assert open_decoder("dali", CPU, 1) == "dali on cpu"
+    assert isinstance(open_decoder("auto", CPU, 1)([FILES["plain"]])[0], torch.Tensor)
+
+
 def write_folder(root: Path) -> Path:
     for name, files in {"b-dog": ["x.jpg", "deep/y.PNG"], "a-cat": ["2.jpg", "10.jpg", "note.txt"]}.items():
         for file in files:
@@ -240,7 +248,8 @@ def test_images_are_cropped_and_brought_to_the_training_range(tmp_path):
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_image_is_named_when_it_is_read(name, tmp_path):
+def test_broken_image_is_named_when_it_is_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_folder, "VERIFIED_AT_ONCE", 1)
     write_folder(tmp_path)
     (tmp_path / "a-cat" / "2.jpg").write_bytes(BROKEN[name])
     source = ImageFolderSource(tmp_path, 16)

@@ -1,9 +1,11 @@
 """The writer of latents: several of one folder at once, what a kill leaves behind, and what the disk refuses."""
 
+import fcntl
 import json
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -133,6 +135,24 @@ def test_a_shard_that_comes_after_the_end_changes_nothing(tmp_path):
     write(second, 0, 2.0)
     assert second.finish(max_bad=0) == []
     assert values(tmp_path) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("act", "held", "waits"),
+    [("write", fcntl.LOCK_SH, False), ("write", fcntl.LOCK_EX, True), ("finish", fcntl.LOCK_SH, True)],
+)
+def test_who_finishes_a_folder_is_alone_in_it_and_writers_of_shards_are_not(act, held, waits, tmp_path):
+    writer = LatentWriter(tmp_path, plan(1))
+    work = {"write": lambda: write(writer, 0), "finish": lambda: writer.finish(max_bad=0)}[act]
+    thread = threading.Thread(target=work)
+    with (tmp_path / ".lock").open("a+") as other:
+        fcntl.flock(other, held)
+        thread.start()
+        thread.join(0.3 if waits else 10.0)
+        assert thread.is_alive() == waits
+        assert bool(list(tmp_path.glob("latents-*"))) != waits
+    thread.join()
+    assert writer.missing() == ([] if act == "write" else [0])
 
 
 def test_a_kill_after_the_manifest_is_cleaned_up_by_the_next(tmp_path, monkeypatch):
