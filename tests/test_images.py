@@ -20,6 +20,12 @@ def test_to_uint8_rounds_as_the_official_sampler():
     assert pixels.ravel().tolist() == [0, 0, 127, 128, 191, 254, 255, 255]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_to_uint8_of_another_precision_rounds_once(dtype):
+    values = torch.linspace(-1.1, 1.1, 192).view(1, 3, 8, 8).to(dtype)
+    np.testing.assert_array_equal(images.to_uint8(values), images.to_uint8(values.float()))
+
+
 def test_to_uint8_moves_channels_last():
     x = torch.stack([torch.full((2, 2), value) for value in (-1.0, 0.0, 1.0)])[None]
     assert images.to_uint8(x)[0, 1, 0].tolist() == [0, 128, 255]

@@ -583,6 +583,26 @@ def test_gelu_of_a_vector_has_gradients_too():
         torch.testing.assert_close(ours, theirs)
 
 
+def test_the_bias_gradient_of_gelu_sums_what_was_not_rounded():
+    x, dy = randn(2, 4096, 8)(torch.Generator().manual_seed(0)).bfloat16()
+    bias, exact = torch.zeros(8, requires_grad=True), torch.zeros(8, dtype=torch.float64, requires_grad=True)
+    kernels.gelu(x, bias).backward(dy)
+    reference.gelu(x.double(), exact).backward(dy.double())
+    torch.testing.assert_close(bias.grad.double(), exact.grad, rtol=1e-5, atol=1e-3)
+
+
+def test_every_modulation_of_a_difference_has_strides_of_its_own(interpreted):
+    generator = torch.Generator().manual_seed(0)
+    y, z, dx, dy = randn(4, 3, 4, 16)(generator).float()
+    gate, scale, *moved = (randn(3, width * 16)(generator).float()[:, :16] for width in range(1, 6))
+    for name, *arguments in (
+        ("modulated_norm_difference", z, dx, scale, *moved[1:]),
+        ("gate_residual_norm_difference", y, gate, z, scale, dx, dy, *moved),
+    ):
+        ours, theirs = (getattr(ops, name)(*arguments, 1e-6, torch.float32) for ops in (interpreted, reference))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_a_row_may_move_to_a_constant_one(interpreted):
     """Whose variance is 0, of which rounding leaves less."""
     x = 10.0 * torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import tiny
@@ -67,6 +68,14 @@ def test_blocks_are_copies_in_bfloat16_and_the_rest_is_shared(network):
         else:
             assert ours is master
     assert len(shadows) == len(inside) > 0.5 * len(list(network.parameters()))
+
+
+def test_bf16_is_for_the_blocks_alone(network):
+    """Not for what embeds times and labels, nor for the first and the last layer."""
+    blocks = r"blocks\." if isinstance(network, DiT) else r"(enc|dec)\.\d+x\d+_(block\d+|down|up|in\d+)\."
+    working, _ = working_copy(network, "bf16")
+    for name, parameter in working.named_parameters():
+        assert parameter.dtype == (torch.bfloat16 if re.match(blocks, name) else torch.float32), name
 
 
 def test_a_frozen_weight_has_a_frozen_shadow(network):

@@ -3,6 +3,7 @@ import tiny
 import torch
 
 from soflow import SolutionFlow
+from soflow.kernels import reference
 from soflow.models.network import Network
 from soflow.rounding import ROUNDED, round_to_tf32, rounded
 
@@ -42,3 +43,17 @@ def test_tf32_keeps_ten_bits():
     error = ((result - x) / x).abs().max().item()
     assert 2**-13 < error <= 2**-11
     assert torch.equal(round_to_tf32(result), result)
+
+
+def test_tf32_rounds_both_inputs_of_every_product():
+    ops = rounded(SolutionFlow(tiny.network("UNet")), "tf32-like").network.ops.ops
+    generator = torch.Generator().manual_seed(0)
+    for name, *shapes in (
+        ("linear", (4, 16), (8, 16), (8,)),
+        ("linear_difference", (4, 16), (8, 16)),
+        ("conv", (2, 4, 6, 6), (3, 4, 3, 3), (3,)),
+        ("conv_difference", (2, 4, 6, 6), (3, 4, 3, 3)),
+    ):
+        x, weight, *bias = (torch.randn(*shape, generator=generator) for shape in shapes)
+        expected = getattr(reference, name)(round_to_tf32(x), round_to_tf32(weight), *bias)
+        assert torch.equal(getattr(ops, name)(x, weight, *bias), expected), name

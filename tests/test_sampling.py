@@ -20,12 +20,12 @@ def test_one_call_solves_from_noise_to_data():
 
 def test_each_round_noises_the_prediction_anew():
     flow = tiny_flow(path="trig")
-    noise, renoise = sample_noise(torch.arange(3), (2, 8, 8), nfe=2)
-    half, end = torch.full((3,), 0.5), torch.zeros(3)
-    x_0 = flow.solve(noise, torch.ones(3), end)
-    x_half = torch.cos(torch.pi / 4 * torch.ones(1)) * x_0 + torch.sin(torch.pi / 4 * torch.ones(1)) * renoise[0]
-    expected = flow.solve(x_half, half, end)
-    torch.testing.assert_close(sample(flow, None, (3, 2, 8, 8), 2, noise, renoise), expected)
+    noise, renoise = sample_noise(torch.arange(3), (2, 8, 8), nfe=4)
+    expected = flow.solve(noise, torch.ones(3), torch.zeros(3))
+    for t, fresh in zip((0.75, 0.5, 0.25), renoise, strict=True):
+        x_t = math.cos(t * math.pi / 2) * expected + math.sin(t * math.pi / 2) * fresh
+        expected = flow.solve(x_t, torch.full((3,), t), torch.zeros(3))
+    torch.testing.assert_close(sample(flow, None, (3, 2, 8, 8), 4, noise, renoise), expected)
 
 
 def test_an_image_depends_on_its_seed_alone():

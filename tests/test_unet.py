@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from soflow.kernels import reference
-from soflow.models import UNET_CIFAR10, UNet, build_network
+from soflow.models import UNET_CIFAR10, Pair, UNet, build_network
+from soflow.models.dropout import Dropout, fresh_draw_keys
 from soflow.models.unet import Conv, GroupNorm
+from soflow.streams import DROPOUT_STREAM
 
 SHAPE = {
     "img_resolution": 8,
@@ -255,6 +257,35 @@ def test_every_input_and_every_parameter_matters():
         assert not torch.allclose(out, other)
     out.square().sum().backward()
     assert all(parameter.grad.norm() > 0 for parameter in network.parameters())
+
+
+def test_a_factor_meets_the_difference_of_its_own_rows():
+    factor = torch.arange(4.0)[:, None]
+    product = Pair(torch.ones(4, 3), torch.ones(2, 3)).times(factor)
+    assert torch.equal(product.x, factor.expand(4, 3))
+    assert torch.equal(product.d, factor[2:].expand(2, 3))
+
+
+def test_a_dropout_mask_is_that_of_its_seed_step_position_and_layer():
+    keys = torch.tensor([[3, 7, 0], [3, 7, 5], [4, 7, 0]])
+    dropout, x, masks = Dropout(reference, 0.25, keys), torch.ones(3, 2, 8, 8), set()
+    for layer in (0, 6):
+        u = reference.uniform(keys[:, 0], keys[:, 1], DROPOUT_STREAM + layer, keys[:, 2], 128)
+        mask = dropout.mask(layer, x)
+        assert torch.equal(mask, (u >= 0.25).float().view(x.shape) / 0.75)
+        masks |= {row.numpy().tobytes() for row in mask}
+    assert len(masks) == 6
+
+
+def test_every_row_and_every_block_has_a_dropout_mask_of_its_own(monkeypatch):
+    network, layers = perturbed().train(), []
+    mask = Dropout.mask
+    monkeypatch.setattr(Dropout, "mask", lambda self, layer, x: layers.append(layer) or mask(self, layer, x))
+    x, _, t, s, _ = inputs(2)
+    network(x, t, s)
+    assert sorted(layers) == list(range(sum(hasattr(module, "conv1") for module in network.modules())))
+    first, second = mask(Dropout(reference, 0.5, fresh_draw_keys(2, torch.device("cpu"))), 0, torch.ones(2, 3, 8, 8))
+    assert not torch.equal(first, second)
 
 
 def test_dropout_masks_both_members_of_the_pair_alike():
