@@ -9,8 +9,9 @@ import tiny
 import torch
 from torch import Tensor
 
-from soflow import SolutionFlow
+from soflow import SolutionFlow, checkpoint
 from soflow.audit import (
+    CANDIDATES_PER_SAMPLE,
     GAPS,
     LEAST_SPAN,
     WAYS,
@@ -24,10 +25,14 @@ from soflow.audit import (
     fit_order,
     measure,
 )
-from soflow.data import open_source
+from soflow.data import epoch_order, open_source
+from soflow.kernels import reference
 from soflow.models import Network
-from soflow.rounding import ROUNDED
+from soflow.paths import slope_coefficients
+from soflow.rounding import ROUNDED, rounded
 from soflow.run_folder import RunError
+from soflow.slope import exact_slope, slope
+from soflow.step import build_objective
 from soflow.times import MIN_GAP
 
 HALVES = tuple(2.0**-k for k in range(1, 11))
@@ -115,6 +120,31 @@ def test_noise_is_as_predicted(name, parameterization):
     assert found.order == pytest.approx(1.0, abs=0.05)
 
 
+@pytest.mark.parametrize("parameterization", ["euler", "trig"])
+def test_predictions_are_those_of_the_formulas(parameterization):
+    """And the noise is beside the exact slope at the same gap, not beside its limit."""
+    flow, at, r = SolutionFlow(tiny.network("DiT"), parameterization=parameterization), rows(8), 0.125
+    (found,) = measure(flow, at, (r,), 1, r).gaps
+    exact, rough = rounded(flow, "fp64"), rounded(flow, "bf16")
+    x, v, t, s = (value.double() for value in (at.x_t, at.v, at.t, at.s))
+    l = t + (s - t) * r
+
+    def norms(tensor: Tensor) -> Tensor:
+        return tensor.double().flatten(1).norm(dim=1)
+
+    with torch.no_grad():
+        size = exact_slope(exact, x, v, t, s).norm()
+        q = slope(exact, x, v, t, l, s)
+        e = norms(rough.network(at.x_t, at.t, at.s) - exact.network(x, t, s))
+        _, _, c_F, c_d = slope_coefficients(parameterization, t, l, s).unbind(1)
+        two_pass = torch.stack(((c_F - c_d) * e, c_d * e)).norm()
+        difference = torch.stack((c_F * e, c_d * norms(q.dF) * e / norms(q.F_t))).norm()
+        noise = (slope(rough, at.x_t, at.v, at.t, l.float(), at.s).q - q.q).norm()
+    assert found.predicted["two_pass bf16"] == pytest.approx(float(two_pass / size), rel=1e-6)
+    assert found.predicted["difference bf16"] == pytest.approx(float(difference / size), rel=1e-6)
+    assert found.noise["difference bf16"] == pytest.approx(float(noise / size), rel=1e-3)
+
+
 def test_diverged_network_is_refused():
     flow = SolutionFlow(tiny.network("DiT"))
     with torch.no_grad():
@@ -140,10 +170,8 @@ def test_crossing_of_power_laws():
 
 def test_rows_are_those_of_training_that_lie_far_enough_apart(tmp_path):
     config = tiny.config(tmp_path)
-    batch, again = (
-        draw_batch(config, open_source(config.data), 20, 5),
-        draw_batch(config, open_source(config.data), 20, 5),
-    )
+    source = open_source(config.data)
+    batch, again = draw_batch(config, source, 20, 5), draw_batch(config, open_source(config.data), 20, 5)
     assert len(batch) == 20
     assert batch.num_velocity == 0
     assert (batch.t - batch.s >= LEAST_SPAN).all()
@@ -151,8 +179,15 @@ def test_rows_are_those_of_training_that_lie_far_enough_apart(tmp_path):
         ours, same = getattr(batch, field.name), getattr(again, field.name)
         assert torch.equal(ours, same) if isinstance(ours, Tensor) else ours == same
     # the first of 40 are the 20
-    assert torch.equal(draw_batch(config, open_source(config.data), 40, 5).t[:20], batch.t)
-    assert not torch.equal(draw_batch(config, open_source(config.data), 20, 6).x_1, batch.x_1)
+    assert torch.equal(draw_batch(config, source, 40, 5).t[:20], batch.t)
+    assert not torch.equal(draw_batch(config, source, 20, 6).x_1, batch.x_1)
+    candidates, _, _ = source.read(epoch_order(len(source), 5, 0)[: 20 * CANDIDATES_PER_SAMPLE])
+    assert all((candidates == image).flatten(1).all(1).any() for image in batch.x_0)
+
+
+def test_rows_of_an_unconditional_run_have_no_labels(tmp_path):
+    config = tiny.config(tmp_path, "network.num_classes=0", "objective={fm_ratio: 0.5}")
+    assert draw_batch(config, open_source(config.data), 8, 5).labels is None
 
 
 def test_times_that_never_lie_apart_are_refused(tmp_path):
@@ -174,6 +209,22 @@ def test_audit_over_training(tmp_path):
     assert found[0].gaps != found[1].gaps
     with pytest.raises(AuditError, match=r"checkpoint of step 4, expected one of 3, 6, 8"):
         audit(run, [3, 4], 4, 1)
+
+
+def test_the_audit_takes_the_weights_of_training_and_the_guided_velocity(tmp_path, monkeypatch):
+    config = tiny.config(tmp_path, "ema.decay=0.999")
+    run, measured = test_trainer.train(config).folder, []
+    monkeypatch.setattr("soflow.audit.measure", lambda flow, rows, *rest: measured.append((flow, rows)))
+    list(audit(run.path, "newest", samples=16, seed=1))
+    ((flow, at),) = measured
+    saved = checkpoint.read(run.checkpoints / "step-00000008").model
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in flow.network.state_dict().items())
+    batch, objective = draw_batch(config, open_source(config.data), 16, 1), build_objective(config, reference)
+    x_t, v_t = objective.point(flow, batch)
+    guided, *_ = objective.look_ahead(flow, batch, x_t, v_t)
+    assert torch.equal(at.x_t, x_t)
+    assert torch.equal(at.v, guided)
+    assert not torch.allclose(guided, v_t)
 
 
 def test_other_data_than_those_of_the_run_are_refused(tmp_path, monkeypatch):

@@ -13,13 +13,16 @@ from soflow.rounding import ROUNDED
 
 
 def made_up(step: int, r: float = 0.01) -> StepAudit:
-    def at(gap: float) -> GapErrors:
-        noise = {way: 1e-5 * (number + 1) / gap for number, way in enumerate(WAYS)}
-        return GapErrors(gap, step * gap, noise, {way: 2 * value for way, value in noise.items()})
+    """Predictions are 2 times the noise in the geometric mean."""
 
-    gaps = [at(gap) for gap in (0.1, 0.01, 0.001)]
+    def at(gap: float, off: float) -> GapErrors:
+        noise = {way: 1e-5 * (number + 1) / gap for number, way in enumerate(WAYS)}
+        return GapErrors(gap, step * gap, noise, {way: off * value for way, value in noise.items()})
+
+    gaps = [at(0.1, 2.0), at(0.01, 8.0), at(0.001, 0.5)]
     crossing = dict.fromkeys(WAYS, 0.02) | {"difference fp32": math.nan}
-    return StepAudit(step, r, dict.fromkeys(ROUNDED, 3e-4), 0.98765, crossing, gaps)
+    F_error = dict(zip(ROUNDED, (1e-7, 3e-4, 2e-3), strict=True))
+    return StepAudit(step, r, F_error, 0.98765, crossing, gaps)
 
 
 def cells(line: str) -> list[str]:
@@ -40,7 +43,8 @@ def test_table():
     assert lines[2] == ["0.001", "0.2", "0.01", "0.02", "0.03", "0.04", "0.05", "0.06"]
     _, _, *lines = map(cells, third.splitlines())
     assert [line[0] for line in lines] == list(WAYS)
-    assert lines[0][1:] == ["0.0003", "0.5", "0.02"]
+    assert [line[1] for line in lines] == ["1e-07", "0.0003", "0.002"] * 2
+    assert lines[0][2:] == ["0.5", "0.02"]
     assert lines[3][-1] == "-"
     assert len({len(line) for line in first.splitlines()}) == 1
 

@@ -45,7 +45,7 @@ from soflow.checkpoint import (
     steps,
 )
 from soflow.checkpoint import files as checkpoint_files
-from soflow.models import build_network
+from soflow.models import DIT_PRESETS, build_network
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -877,6 +877,14 @@ def test_shape_of_the_golden_checkpoint_builds_its_network():
     build_network("DiT", **shape).load_state_dict(weights, strict=True)
 
 
+@pytest.mark.parametrize("change", [{"depth": 11}, {"patch_size": 8}])
+def test_the_heads_of_no_official_size_are_not_guessed_by_its_width(change: dict[str, int]):
+    with torch.device("meta"):
+        weights = build_network("DiT", **{**DIT_PRESETS["DiT-B/4"], **change}).state_dict()
+    with pytest.raises(CheckpointError, match="num_heads: got nothing, expected a number"):
+        infer_dit_shape(weights)
+
+
 def test_shape_with_an_odd_mlp_and_without_classes():
     # 15 / 11 is rounded down, and int(11 * (15 / 11)) would be 14
     arguments = {"input_size": 9, "in_channels": 1, "num_classes": 0, "patch_size": 3, "hidden_size": 44, "depth": 2}
@@ -938,9 +946,10 @@ def test_shape_of_the_official_unet():
         build_network("UNet", **infer_unet_shape(weights)).load_state_dict(weights, strict=True)
 
 
-def test_shape_of_a_unet_without_attention_of_one_block():
+@pytest.mark.parametrize("attending", [(), (8, 2)])
+def test_shape_of_a_unet_of_one_block(attending: tuple[int, ...]):
     shape = {"input_size": 8, "in_channels": 1, "num_classes": 0, "model_channels": 8, "channel_mult": (1, 3, 2)}
-    shape |= {"num_blocks": 1, "attn_resolutions": ()}
+    shape |= {"num_blocks": 1, "attn_resolutions": attending}
     weights = build_network("UNet", **shape).state_dict()
     assert infer_unet_shape(weights) == shape
     assert not is_unet(load_official(OFFICIAL).ema)

@@ -163,6 +163,7 @@ def test_what_the_model_card_says_is_true(
         vae = "../vae"
     trained = Trained(network=network, flow=flow, objective=objective, vae=vae, weights=weights, kind="ema", step=3)
     write_export(tmp_path / "out", trained)
+    assert read_export(tmp_path / "out").vae == vae
     card = (tmp_path / "out" / "README.md").read_text()
 
     one_call = sampler in ("renoise", "chain")
@@ -180,6 +181,19 @@ def test_what_the_model_card_says_is_true(
     assert (program, main(argv)) == ("soflow", 0)
     with Image.open("samples.png") as picture:
         assert picture.size == (10 * 65 + 1, min(num_classes or 10, 10) * 65 + 1)
+
+
+def test_weights_that_share_their_memory_are_exported(tmp_path):
+    network = NetworkConfig(**DIT, in_channels=1, num_classes=0)
+    base = torch.arange(6.0).view(2, 3)
+    weights = {"whole": base, "part": base[0], "turned": base.T}
+    trained = Trained(
+        network=network, flow=FlowConfig(), objective="soflow", vae=None, weights=weights, kind="ema", step=3
+    )
+    write_export(tmp_path / "out", trained)
+    stored = read_export(tmp_path / "out").weights
+    assert stored.keys() == weights.keys()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in weights.items())
 
 
 def test_an_export_that_does_not_name_its_objective_promises_no_more_than_its_sampler(tmp_path, run):

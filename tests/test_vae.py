@@ -44,7 +44,7 @@ def test_latents_of_other_channels_are_refused_by_the_name_of_their_field(tmp_pa
         vae.require_channels("--vae", 8)
 
 
-def test_the_hash_of_its_weights_is_that_of_every_name_and_value(tmp_path):
+def test_the_hash_of_its_weights_is_that_of_every_name_shape_and_value(tmp_path, monkeypatch):
     vae = load_vae(str(tiny_vae.save(tmp_path)), CPU)
     first = vae.weights_sha256()
     assert Vae(tiny_vae.network(), "another name", CPU).weights_sha256() == first
@@ -54,6 +54,12 @@ def test_the_hash_of_its_weights_is_that_of_every_name_and_value(tmp_path):
         assert vae.weights_sha256() != first
         tensor.view(-1)[-1] = value
     assert vae.weights_sha256() == first
+    weights = vae.network.state_dict()
+    renamed = {f"own.{name}": tensor for name, tensor in weights.items()}
+    reshaped = {name: tensor.flatten() for name, tensor in weights.items()}
+    for state in (renamed, reshaped):
+        monkeypatch.setattr(vae.network, "state_dict", state.copy)
+        assert vae.weights_sha256() != first
 
 
 def test_what_is_no_vae_is_refused(tmp_path):
@@ -65,11 +71,10 @@ def test_what_is_no_vae_is_refused(tmp_path):
 
 
 def test_a_pickle_in_the_place_of_weights_is_not_loaded(tmp_path):
-    folder = tiny_vae.save(tmp_path)
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    weights.rename(folder / "diffusion_pytorch_model.bin")
+    tiny_vae.network().save_pretrained(tmp_path, safe_serialization=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.bin"}
     with pytest.raises(VaeError, match="expected an AutoencoderKL"):
-        load_vae(str(folder), CPU)
+        load_vae(str(tmp_path), CPU)
 
 
 def test_weights_that_are_missing_are_not_made_up(tmp_path):
