@@ -52,9 +52,12 @@ def test_capture_is_of_this_thread_alone_and_on_the_stream_of_the_warm_up(monkey
 def test_warm_up_then_one_capture_then_replays_on_new_numbers(pretended_graphs):
     seen, prepared = [], []
     call = CapturedCall(lambda x, none: seen.append((x.clone(), none)), lambda: prepared.append(len(seen)))
-    for value in range(6):
-        call(torch.full((2,), float(value)), None)
-    assert [x.tolist() for x, _ in seen] == [[float(value)] * 2 for value in range(6)]
+    inputs = [torch.full((2,), float(value)) for value in range(6)]
+    for x in inputs:
+        call(x, None)
+    expected = [[float(value)] * 2 for value in range(6)]
+    assert [x.tolist() for x, _ in seen] == expected
+    assert [x.tolist() for x in inputs] == expected, "the caller's own were written to"
     assert pretended_graphs == ["eager"] * NUM_WARMUP + ["capture"] + ["replay"] * (6 - NUM_WARMUP)
     assert prepared == [3, 4, 5]
 

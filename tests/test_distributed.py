@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,16 @@ def test_a_run_continues_with_other_processes(tmp_path, alone, before, after):
     shutil.rmtree(run / "checkpoints" / "step-00000020")
     train(tmp_path, after[0], f"engine.parallel={after[1]}")
     assert_same_metrics(run, alone, 1e-5)
+
+
+@pytest.mark.slow
+def test_an_interval_of_the_log_that_a_checkpoint_cuts_is_summed_once(tmp_path):
+    """Steps 8 to 14 with the checkpoint of step 10; then once more, from there."""
+    alone, shared = (train(tmp_path / str(num), num, "train.log_every=7") for num in (1, 2))
+    assert_same_metrics(shared, alone, 1e-5, steps=(7, 14, 20))
+    shutil.rmtree(shared / "checkpoints" / "step-00000020")
+    train(tmp_path / "2", 2, "train.log_every=7")
+    assert_same_metrics(shared, alone, 1e-5, steps=(7, 14, 20))
 
 
 @pytest.mark.slow
@@ -185,6 +196,45 @@ def test_alone_needs_no_process_group():
         with pytest.raises(KeyError), processes.failing_together():
             raise KeyError
     assert not torch.distributed.is_initialized()
+
+
+def test_a_sum_over_processes_leaves_its_summands(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    values = torch.ones(3)
+    assert Processes(0, 2, torch.device("cpu")).sum(values).tolist() == [2, 2, 2]
+    assert values.tolist() == [1, 1, 1]
+
+
+@pytest.fixture
+def fourth_of_the_second_host(monkeypatch):
+    """Rank 11 of two hosts with eight GPUs each."""
+    for name, value in (("RANK", "11"), ("WORLD_SIZE", "16"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("fourth_of_the_second_host")
+def test_a_process_computes_on_the_gpu_of_its_place_on_its_host():
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 3)
+    assert resolve_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.usefixtures("fourth_of_the_second_host")
+def test_nccl_is_not_the_first_to_lose_patience(monkeypatch):
+    """It ends the process without a word; gloo says what is wrong."""
+    waits: dict[str, timedelta] = {}
+    for name in ("init_process_group", "new_group"):
+        monkeypatch.setattr(
+            torch.distributed, name, lambda backend, timeout, device_id=None: waits.update({backend: timeout})
+        )
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("atexit.register", lambda *arguments: None)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 11)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 16)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    with join_processes("auto", 600.0) as processes:
+        assert (processes.rank, processes.world_size, processes.device) == (11, 16, torch.device("cuda", 3))
+    assert waits == {"gloo": timedelta(seconds=600), "nccl": timedelta(seconds=1200)}
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("0", "0"), ("2", "2"), ("-1", "2"), ("0", "two"), ("", "1")])

@@ -140,6 +140,13 @@ def test_two_network_calls_with_the_rows_as_designed(tmp_path, monkeypatch):
     assert calls == [(16 + 4, 0, False), (16, 4, True)]
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_operations_of_a_step_are_those_of_all_its_calls(tmp_path, count):
+    parts, _ = training(tmp_path, f"train.accumulation={count}")
+    # of 12 rows forward and backward 36; guided without a label 12, and with one 6; the look-ahead 6
+    assert parts.step.flops() == (36 + 12 + 6 + 6) * parts.flow.network.forward_flops()
+
+
 def trained(tmp_path, *settings):
     parts, source = training(tmp_path, *settings)
     for step in range(3):

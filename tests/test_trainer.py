@@ -225,6 +225,12 @@ def test_what_a_kill_in_the_last_save_left_goes_when_the_run_is_started_again(tm
     assert sorted(checkpoints.iterdir()) == before
 
 
+def test_a_run_keeps_its_newest_checkpoints_and_its_milestones(tmp_path):
+    kept = ("train.checkpoint_every=1", "train.keep_last=1", "train.keep_every=3")
+    run = train(tiny.config(tmp_path, *kept)).folder
+    assert list(checkpoint.saved_steps(run.checkpoints)) == [3, 6, 8]
+
+
 def test_checkpoints_on_a_disk_that_is_not_there_are_no_reason_to_start_again(tmp_path):
     config = tiny.config(tmp_path)
     folder = train(config).folder
