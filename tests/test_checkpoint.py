@@ -1047,3 +1047,11 @@ def test_locks_that_keep_out_their_own_process_are_let_go(tmp_path: Path, monkey
 if __name__ == "__main__":
     torch.set_num_threads(1)
     {"full_disk": full_disk, "kill_9": kill_9}[sys.argv[1]](Path(sys.argv[2]))
+
+
+def test_a_snapshot_has_the_type_of_its_tensor():
+    snapshots = Snapshots()
+    for dtype in (torch.float32, torch.float64):
+        third = torch.tensor([1 / 3], dtype=dtype)
+        assert snapshots.take("a", third).dtype == dtype
+        assert torch.equal(snapshots.take("a", third), third)

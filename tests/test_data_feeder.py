@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import latent_folders
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from soflow.augment import augment, sample_augmentation
 from soflow.config import DataConfig, ObjectiveConfig, TimesConfig
-from soflow.data import ArraySource, BatchOrder, DataError, Feeder, LatentSource, Rows, Source, open_feeder
+from soflow.data import ArraySource, BatchOrder, DataError, Feeder, LatentSource, Rows, Source, feeder, open_feeder
 from soflow.data.feeder import has_dali
 from soflow.data.ring import HostRing
 from soflow.distributed import Processes
@@ -342,3 +343,67 @@ def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(DataError, match=r"train.batch_size: got 12, expected at most the 5 samples"):
         next(feeder)
     feeder.close()
+
+
+def test_a_buffer_is_used_again_only_after_its_copy_to_the_gpu(monkeypatch):
+    """Copies that a GPU makes when it is waited for, as late as it may."""
+    queued: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    class Event:
+        def record(self) -> None:
+            self.copies = queued[:]
+            del queued[:]
+
+        def query(self) -> bool:
+            return False
+
+        def synchronize(self) -> None:
+            for there, here in self.copies:
+                there.copy_(here)
+
+    def to(here: torch.Tensor, device: object, non_blocking: bool) -> torch.Tensor:
+        assert non_blocking
+        queued.append((torch.full_like(here, -1), here))
+        return queued[-1][0]
+
+    source = ArraySource(torch.rand(40, 3, 8, 8), torch.arange(40) % 10, num_classes=10)
+    order = BatchOrder(40, 12, 5, tuple(range(12)))
+    reading = open_feeder(DataConfig(source="digits", feeder="plain", prefetch=2), source, order, ALONE.device)
+    reading.device = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(reading, "_finish", lambda step, indices, stored, labels: (indices, stored, labels))
+    monkeypatch.setattr(feeder, "HostRing", lambda *args, pinned: HostRing(*args, pinned=not pinned))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", to)
+        read = [next(reading) for _ in range(12)]
+    reading.close()
+    for step, (indices, stored, labels) in enumerate(read[:10]):
+        assert (indices == order.indices(step)).all()
+        assert torch.equal(stored, source.images[indices])
+        assert torch.equal(labels, source.labels[indices])
+
+
+@pytest.mark.skipif(not has_dali(), reason="needs nvidia-dali")
+def test_rows_outlive_the_memory_of_dali():
+    """Which a GPU's pipeline uses again at every run."""
+
+    class Reusing:
+        def __init__(self, pipeline) -> None:
+            self.pipeline, self.memory = pipeline, None
+
+        def run(self):
+            made = [torch.from_dlpack(output.as_tensor()).clone() for output in self.pipeline.run()]
+            self.memory = self.memory or [torch.empty_like(x) for x in made]
+            for ours, x in zip(self.memory, made, strict=True):
+                ours.copy_(x)
+            return [SimpleNamespace(as_tensor=lambda x=x: x) for x in self.memory]
+
+    source = ArraySource(torch.rand(40, 3, 8, 8), torch.arange(40) % 10, num_classes=10)
+    order = BatchOrder(40, 12, 5, tuple(range(12)))
+    reading = open_feeder(DataConfig(source="digits", feeder="dali"), source, order, ALONE.device)
+    reading._start()
+    reading._pipeline = Reusing(reading._pipeline)
+    for rows in [next(reading) for _ in range(3)]:
+        assert torch.equal(rows.mean, source.images[rows.indices])
+        assert torch.equal(rows.labels, source.labels[rows.indices])
+    reading.close()

@@ -17,7 +17,7 @@ from soflow.config import Config
 from soflow.distributed import Processes
 from soflow.kernels import reference
 from soflow.memory import predict_peak
-from soflow.models import build_own_network
+from soflow.models import build_network, build_own_network
 from soflow.run_folder import load_flow
 from soflow.trainer import Trainer
 
@@ -202,3 +202,15 @@ def test_shape_fields_are_the_builders(tmp_path):
         tiny.config(tmp_path, OWN, "network.depth=3")
     with pytest.raises(ValueError, match=r"network.dropout: got 0.0, expected nothing"):
         tiny.config(tmp_path, OWN, "network.dropout=0.0")
+
+
+@pytest.mark.parametrize("field", ["input_size", "in_channels", "num_classes"])
+def test_a_network_of_another_shape_is_refused(field):
+    shape = {"input_size": 8, "in_channels": 1, "num_classes": 10}
+
+    def build(*, ops, **asked):
+        return build_network("DiT-B-4", **{**asked, field: 2 * asked[field]}, ops=ops)
+
+    message = f"network.{field}: got {2 * shape[field]} from the builder, expected {shape[field]}"
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        build_own_network(build, **shape, ops=reference)

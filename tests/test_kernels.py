@@ -35,7 +35,13 @@ from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
 from bench import resources  # noqa: E402
 from soflow import kernels  # noqa: E402
-from soflow.kernels import library, math, point, reference  # noqa: E402
+from soflow.kernels import (  # noqa: E402
+    attention_pair,
+    library,
+    math,
+    point,
+    reference,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs the kernels on the GPU")
 
@@ -674,3 +680,29 @@ def test_accesses_are_read_off_the_code():
 def test_a_kernel_that_lost_its_alignment_is_refused():
     row = resources.Resources("k", "DiT-B/4", "sm_90", 4, 40, 100, 0, 0, 0, moved=120, narrow=40)
     assert resources.failures([row]) == ["k, DiT-B/4, sm_90: narrow 40, expected at most 30"]
+
+
+def test_layout_does_not_matter_to_a_draw(interpreted):
+    """As the means and standard deviations of latents are parts of one tensor, and each row has keys of its own."""
+    mean, std = torch.randn(2, 5, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    keys = torch.arange(3, 8), torch.arange(9, 14), torch.tensor([4, 0, 2, 3, 1])
+    expected = reference.draw(mean, std, *keys)
+    for layout in (torch.clone, spread):
+        apart = [torch.stack((key, key), 1)[:, 0] if layout is spread else key for key in keys]
+        for a, b in zip(interpreted.draw(layout(mean), layout(std), *apart), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=4e-6)
+
+
+def test_heads_too_wide_for_the_kernel_take_the_reference(monkeypatch):
+    monkeypatch.setattr(attention_pair, "_attention_difference", lambda *args: pytest.fail("launched"))
+    qkv, dqkv = torch.randn(2, 1, 5, 3 * 2 * 129, generator=torch.Generator().manual_seed(0))
+    expected = reference.attention_difference(qkv, dqkv, 2)
+    assert torch.equal(kernels.attention_difference(qkv, dqkv, 2), expected)
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), [("spills", 4, 0), ("shared", 166913, 166912)])
+def test_a_kernel_that_needs_too_much_is_refused(name, value, allowed):
+    fits = resources.Resources("k", "DiT-B/4", "sm_80", 4, 40, 100, 166912, 0, 512, moved=120, narrow=0)
+    assert resources.failures([fits]) == []
+    bad = dataclasses.replace(fits, **{name: value})
+    assert resources.failures([bad]) == [f"k, DiT-B/4, sm_80: {name} {value}, expected at most {allowed}"]

@@ -162,3 +162,33 @@ def test_the_largest_model_in_gib(tmp_path):
     config = tiny.config(tmp_path, *official, "engine.precision=bf16")
     gpu = torch.device("cuda")
     assert 80 < predict_peak(config, (4, 32, 32), gpu) / GIB < 110
+
+
+@pytest.mark.parametrize(("source", "has_std"), [("digits", False), ("latents, root: x", True), ("own", True)])
+def test_a_batch_is_like_those_of_its_source(tmp_path, source, has_std):
+    mean, std, labels = sample_like(tiny.config(tmp_path, f"data={{source: {source}}}"), (1, 8, 8))
+    assert mean.shape == (12, 1, 8, 8)
+    assert (std is not None) == has_std
+    assert labels.shape == (12,)
+
+
+def test_an_update_by_the_reference_takes_memory_of_its_own(tmp_path):
+    """As much as copies of the weights: more than a step keeps, where a batch is small."""
+
+    def predict(backend: str) -> int:
+        shape = ("network.hidden_size=256", "train.batch_size=2", f"optim.backend={backend}")
+        return predict_peak(tiny.config(tmp_path, *shape), (1, 8, 8), torch.device("cuda"))
+
+    assert predict("auto") == predict("fused") < predict("reference")
+
+
+def test_the_memory_of_an_own_network_is_what_is_required(tmp_path, monkeypatch):
+    build = object()
+
+    def predict(*args: object) -> int:
+        assert args[-1] is build
+        return 7
+
+    monkeypatch.setattr(memory, "predict_peak", predict)
+    shape = {"image_shape": (1, 8, 8), "device": torch.device("cuda"), "world_size": 1}
+    assert require_memory(tiny.config(tmp_path), **shape, available=7, network=build) == 7

@@ -1,6 +1,8 @@
 """One step: its rows, its calls, its parts, and that it never waits for the device."""
 
+import math
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from soflow.assembly import Training, assemble, training_ops
 from soflow.data import batch_indices, open_source
 from soflow.distributed import Processes
 from soflow.kernels import reference
+from soflow.step import SUMMED
 from soflow.times import gap_ratio
 
 CPU = torch.device("cpu")
@@ -250,3 +253,13 @@ def test_a_compiled_network_trains_the_same(tmp_path, monkeypatch, settings):
             parts.step(*samples(parts, source, number), number)
     torch.testing.assert_close(compiled.step.sums, plain.step.sums, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_the_most_bad_steps_in_a_row_are_not_forgotten(tmp_path):
+    """A GPU tells of them some steps later, when the row may have ended."""
+    step = training(tmp_path)[0].step
+    means = torch.zeros(len(SUMMED) - 2, dtype=torch.float64)
+    for norm, most in ((1.0, 0), (math.nan, 1), (math.inf, 2), (1.0, 2), (math.nan, 2), (1.0, 2)):
+        step.optimizer = SimpleNamespace(grad_norm=torch.tensor(norm))
+        step._accumulate(means)
+        assert step.most_bad_in_row() == most

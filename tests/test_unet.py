@@ -462,3 +462,8 @@ def test_operations_are_those_that_torch_counts(shape):
         with FlopCounterMode(display=False) as counter:
             network(x, t, t)
     assert counter.get_total_flops() == 2 * network.forward_flops()
+
+
+def test_the_official_dropout():
+    with torch.device("meta"):
+        assert build_network("UNet").dropout == 0.3
