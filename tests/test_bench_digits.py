@@ -237,3 +237,24 @@ def test_impossible_options_are_refused(trained: Path, options: list[str]) -> No
     with pytest.raises(SystemExit) as stopped:
         digits.main([str(trained), *options])
     assert stopped.value.code == 2
+
+
+def test_images_of_two_seeds_have_no_noise_in_common(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(digits, "sample_noise", lambda seeds, *args: drawn.extend(seeds.tolist()) or (None, None))
+    monkeypatch.setattr(digits, "sample", lambda *args, **more: None)
+    for seed in (0, 1, 2):
+        digits.generate(None, 1, 360, seed)
+    assert len(set(drawn)) == 3 * 360
+
+
+def test_the_averages_are_judged_at_every_number_of_calls(tmp_path, monkeypatch):
+    run = Trainer(tiny.config(tmp_path), Processes(0, 1, torch.device("cpu")))
+    run.fit()
+    judged, generate = [], digits.generate
+    monkeypatch.setattr(digits, "generate", lambda *args: judged.append(args) or generate(*args))
+    assert digits.main([str(run.folder.path), "--count", "360"]) == 0
+    assert [nfe for _, nfe, _, _ in judged] == [1, *digits.NFE]
+    for flow, _, _, _ in judged:
+        for ours, average in zip(flow.network.parameters(), run.ema.network.parameters(), strict=True):
+            assert torch.equal(ours, average)

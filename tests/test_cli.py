@@ -1,11 +1,13 @@
 """The commands as a user types them: what they print and write, and how they refuse bad input."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ import torch
 from PIL import Image
 
 import soflow
-from soflow import checkpoint, trainer
+from soflow import arguments, checkpoint, distributed, doctor, trainer, watchdog
 from soflow.cli import main
 from soflow.config_file import describe_fields, parse_config
 from soflow.data import DigitsSource, open_source
@@ -785,3 +787,42 @@ def test_doctor_works_without_torch_and_says_so():
     assert done.returncode == 1, done.stderr
     assert re.search(r"missing +torch", done.stdout)
     assert "everything required works: no" in done.stdout
+
+
+def test_lists_are_of_so_many_numbers_at_most(monkeypatch):
+    monkeypatch.setattr(arguments, "MAX_NUMBERS", 15)
+    assert len(arguments.numbers("0-9,10-14")) == 15
+    with pytest.raises(Exception, match="expected at most 15 numbers"):
+        arguments.numbers("0-9,10-15")
+
+
+def test_processes_wait_for_each_other_as_long_as_is_configured(recipe, monkeypatch):
+    @contextlib.contextmanager
+    def join(*args: object) -> Iterator[Processes]:
+        assert args == ("cpu", 4321.0)
+        yield Processes(0, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(distributed, "join_processes", join)
+    assert main(["train", str(recipe), "engine.timeout_s=4321", "train.total_steps=1"]) == 0
+
+
+def test_dry_run_refuses_a_feeder_that_is_not_installed(recipe, capsys, monkeypatch):
+    monkeypatch.setattr("soflow.data.feeder.has_dali", lambda: False)
+    assert main(["train", str(recipe), "data.feeder=dali", "--dry-run"]) == 2
+    assert "data.feeder: got 'dali', expected " in capsys.readouterr().err
+
+
+def test_a_lost_process_is_exit_code_1(recipe, capsys, monkeypatch):
+    def lose(self: trainer.Trainer) -> bool:
+        raise watchdog.PeerError("step 3: process 1 has given no sign of life")
+
+    monkeypatch.setattr(trainer.Trainer, "fit", lose)
+    assert main(["train", str(recipe)]) == 1
+    assert capsys.readouterr().err.endswith("error: step 3: process 1 has given no sign of life\n")
+
+
+def test_doctor_says_what_is_broken_by_its_exit_code_and_as_json(capsys, monkeypatch):
+    broken = doctor.Finding("torch", True, "broken", None, "")
+    monkeypatch.setattr(doctor, "examine", lambda: doctor.Report("3", "x", None, [], [broken]))
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False

@@ -184,3 +184,13 @@ def test_processes_that_see_different_checkpoints_are_refused(run, tmp_path, cap
     assert main(["sample", str(run), "--npz", str(tmp_path / "a.npz"), "--device", "cpu"]) == 2
     assert f"{run}: got step 2 here and 3 in process 0, expected a step folder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_classes_take_turns_across_batches(run, tmp_path, monkeypatch):
+    """Also where a batch ends within a turn. What is drawn would not tell: young networks hardly heed their labels."""
+    labels = []
+    sample = sampling.sample
+    monkeypatch.setattr(sampling, "sample", lambda *args: labels.extend(args[1].tolist()) or sample(*args))
+    argv = ["--classes", "3,7-8", "--seeds", "0-8", "--batch-size", "4", "--npz", str(tmp_path / "a.npz")]
+    assert main(["sample", str(run), *argv]) == 0
+    assert labels == [3, 7, 8] * 3

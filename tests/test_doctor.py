@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from soflow import doctor
 
@@ -269,3 +270,25 @@ def test_examine_reports_everything_once():
     assert all(finding.detail for finding in report.findings if finding.status != "works")
     gpu = next(finding for finding in report.findings if finding.name == "GPU")
     assert bool(report.gpus) == (gpu.status == "works")
+
+
+@pytest.mark.parametrize(("entry", "status"), [(1.0, "works"), (1.5, "broken")])
+def test_a_gpu_has_to_multiply(monkeypatch, entry, status):
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.init", lambda: None)
+    monkeypatch.setattr(doctor, "list_gpus", lambda: [doctor.Gpu(0, "x", "9.0", 80.0)])
+    monkeypatch.setattr("torch.ones", lambda *shape, device: torch.full(shape, entry))
+    works = doctor.Finding("NVIDIA driver", False, "works", None, "")
+    assert doctor.run_check("GPU", lambda: doctor.check_gpus(works)).status == status
+
+
+def test_triton_has_to_compute(monkeypatch):
+    triton = pytest.importorskip("triton", reason="triton comes with the CUDA builds of torch")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x, BLOCK: None
+
+    monkeypatch.setattr(triton, "jit", lambda function: Kernel())
+    finding = doctor.run_check("triton", doctor.check_triton)
+    assert (finding.status, finding.detail) == ("broken", "RuntimeError: a kernel computed wrong numbers")

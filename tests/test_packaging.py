@@ -3,6 +3,7 @@
 import importlib.machinery
 import inspect
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import setuptools
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -290,3 +292,19 @@ def test_image_for_tests_holds_the_whole_checkout():
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert tracked - allowed == {".gitignore", ".pre-commit-config.yaml"}
     assert allowed <= tracked
+
+
+def test_there_is_code_for_every_architecture_and_for_later_ones(tmp_path, monkeypatch):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_75 compute_80 compute_90 compute_100 compute_120\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("SOFLOW_BUILD_CUDA", "0")
+    monkeypatch.setattr(setuptools, "setup", lambda **settings: None)
+    options = runpy.run_path(str(ROOT / "setup.py"))["gencode"](str(nvcc)).split("-gencode ")[1:]
+    codes = (
+        "compute_80,code=sm_80",
+        "compute_90,code=sm_90",
+        "compute_100,code=sm_100",
+        "compute_100,code=compute_100",
+    )
+    assert [option.strip() for option in options] == [f"arch={code}" for code in codes]

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -7,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,7 +35,7 @@ from soflow.run_folder import RunError, load_flow
 from soflow.sampling import sample, sample_noise
 from soflow.step import gap_ratio_at
 from soflow.times import at_least_gap
-from soflow.trainer import DivergedError, Trainer, configure_torch
+from soflow.trainer import DivergedError, Trainer, configure_torch, require_matching_data
 from soflow.vae import VaeError, load_vae
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -873,3 +875,46 @@ def test_a_killed_trainer_leaves_no_process(tmp_path):
         os.waitpid(child, 0)
     with pytest.raises(ProcessLookupError):
         os.killpg(child, 0)
+
+
+@pytest.mark.parametrize(("engine", "expected"), [({}, []), ({"threads": 3}, [3])])
+def test_the_threads_of_the_cpu_are_those_asked_for(monkeypatch, engine, expected):
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    configure_torch(EngineConfig(**engine))
+    assert found == expected
+
+
+def test_the_meter_measures_training_alone(tmp_path, monkeypatch):
+    """Each interval from its first step on, the wait for data apart, without the grids and the checkpoints."""
+    events: list[str] = []
+
+    def say(event: str, action: object = None) -> object:
+        return lambda *args: events.append(event) or (action(*args) if callable(action) else {})
+
+    def within(event: str):
+        @contextlib.contextmanager
+        def block() -> Iterator[None]:
+            events.append(event)
+            yield
+            events.append("on")
+
+        return block
+
+    shape = ("train.total_steps=2", "train.log_every=1", "train.checkpoint_every=1", "train.sample_every=1")
+    trainer = Trainer(tiny.config(tmp_path, *shape), ALONE)
+    monkeypatch.setattr(trainer.feeder, "_read", say("rows", trainer.feeder._read))
+    for name in ("_draw_samples", "_save"):
+        monkeypatch.setattr(trainer, name, say(name, getattr(trainer, name)))
+    told = {name: say(name) for name in ("restart", "count", "read")}
+    trainer.meter = SimpleNamespace(**told, waiting=within("waiting"), paused=within("paused"))
+    assert trainer.fit()
+    interval = ["waiting", "rows", "on", "count", "read", "restart"]
+    assert events == ["restart", *[*interval, "paused", "_draw_samples", "on", "paused", "_save", "on"] * 2]
+
+
+def test_images_that_are_not_square_are_refused(tmp_path):
+    for image_shape in ((1, 8, 6), (1, 6, 8)):
+        source = SimpleNamespace(image_shape=image_shape, num_classes=10)
+        with pytest.raises(RunError, match=r"network\.input_size: got 8, expected 6"):
+            require_matching_data(tiny.config(tmp_path), source, world_size=1)

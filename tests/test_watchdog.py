@@ -1,16 +1,19 @@
 """The thread beside the training; what it says of peers is in test_faults.py."""
 
+import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 from processes import ENVIRONMENT, ROOT
 
+from soflow import watchdog
 from soflow.distributed import Processes
 from soflow.watchdog import SIGNALS, Watchdog
 
@@ -77,3 +80,42 @@ def test_what_does_not_end_is_ended(timeout_s, grace_s, cause, message):
     assert re.search(message, done.stderr), done.stderr
     assert "survived" not in done.stdout
     assert time.monotonic() - began < 40
+
+
+def test_a_signal_is_noted_while_the_main_thread_hangs():
+    """In what the interpreter does not interrupt: no handler of Python's runs."""
+    seen = []
+    hangs = threading.Event()
+
+    def look() -> None:
+        time.sleep(0.2)  # until it hangs
+        os.kill(os.getpid(), signal.SIGTERM)
+        while dog.stop_signal is None and hangs.is_set():
+            time.sleep(0.01)
+        seen.append((dog.stop_signal, hangs.is_set()))
+
+    with Watchdog(ALONE, 60, 60) as dog:
+        looking = threading.Thread(target=look)
+        hangs.set()
+        looking.start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 5_000_000)
+        hangs.clear()
+        looking.join()
+    assert seen == [("SIGTERM", True)]
+
+
+@pytest.mark.slow
+def test_what_moves_is_left_alone_and_what_does_not_is_ended_after_both_limits(monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog, "PERIOD_S", 0.01)
+    monkeypatch.setattr(watchdog, "MARGIN_S", 1.0)
+    monkeypatch.setattr(Watchdog, "_end", lambda self, reason: ended.append(time.monotonic()))
+    with Watchdog(ALONE, 1.0, 60) as dog:
+        for step in range(26):
+            time.sleep(0.1)
+            dog.beat(step)
+        last = time.monotonic()
+        assert not ended
+        while not ended and time.monotonic() - last < 30:
+            time.sleep(0.1)
+    assert ended[0] - last > 1.9
