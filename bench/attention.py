@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.figures import keep
 from bench.timing import median_ms
 from soflow import kernels
 from soflow.determinism import choose_algorithms
@@ -152,24 +153,19 @@ def main() -> int:
     joint: list[dict[str, Any]] = []
     record = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "attention": rows, "joint": joint}
 
-    def keep() -> None:
-        # after every row: what is cut off keeps what it has measured
-        if args.json is not None:
-            args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
     print(f"{'B, T, heads, d':20}{'way':20}{'forward ms':>12}{'+ backward':>12}")
     for shape in SHAPES:
         for row in measure_attention(shape, milliseconds):
             rows.append(row)
             times = "".join(f"{row[column]:12.4f}" for column in ("forward_ms", "both_ms") if column in row)
             print(f"{', '.join(map(str, shape)):20}{row['way']:20}{times or row['obstacle']}", flush=True)
-        keep()
+        keep(args.json, record)
     print(f"{'network':20}{'joint ms':>12}{'separate':>12}{'alone':>12}")
     for name in NETWORKS[: 1 if args.quick else None]:
         row = measure_joint_call(name, 256, milliseconds)
         joint.append(row)
         print(f"{name:20}{row['joint_ms']:12.3f}{row['separate_ms']:12.3f}{row['alone_ms']:12.3f}", flush=True)
-        keep()
+        keep(args.json, record)
     if args.json is None:
         print(json.dumps(record))
     bad = [row for row in rows if row["obstacle"] and (row["way"] == "ours" or row["obstacle"].startswith("wrong"))]

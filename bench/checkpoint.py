@@ -9,7 +9,6 @@ that in percent of the round. --steps must be enough for the thread to finish wi
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bench.figures import keep
 from soflow.checkpoint import Writer
 from soflow.config import Config, DataConfig, EngineConfig, NetworkConfig, TrainConfig
 from soflow.distributed import Processes, resolve_device
@@ -116,8 +116,7 @@ def main() -> int:
     for cost in costs:
         late = "" if cost.finished_in_round else "  not finished in its round: give more --steps"
         print(f"{cost.way:<12}{cost.stall_ms:10.1f}{cost.extra_ms:10.1f}{cost.percent_of_round:9.1f}%{late}")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=1) + "\n")
+    keep(args.json, [asdict(cost) for cost in costs])
     return 0
 
 

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from bench.figures import keep
 from soflow.config import DataConfig
 from soflow.data import LATENT_SCALE, BatchOrder, Hdf5Source, convert_hdf5, epoch_order, open_feeder, open_source
 from soflow.data.feeder import has_dali
@@ -283,8 +284,7 @@ def main() -> int:
         "batch": BATCH,
         "rows": rows,
     }
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(args.json, result)
     print(json.dumps(result))
     return 0
 

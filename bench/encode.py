@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bench.figures import keep
 from soflow.data.crop import center_crop
 from soflow.data.decode import open_decoder
 from soflow.data.feeder import has_dali
@@ -108,8 +109,7 @@ def main() -> int:
         "ratio": rates["ours"] / rates["pillow"],
         "largest_difference": int(apart.max()),
     }
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep(args.json, result)
     print(json.dumps(result))
     return 0
 

@@ -7,7 +7,6 @@ kernel and architecture; exits 1 when a kernel spills, 2 without nvcc.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,8 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from bench.figures import keep
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "csrc" / "multi_tensor.cu"
@@ -87,7 +88,7 @@ def main() -> int:
     if args.json is not None:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
         result = {"nvcc": version.splitlines()[-1], "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(args.json, result)
     return 1 if any(row.spills for row in rows) else 0
 
 

@@ -46,6 +46,7 @@ from typing import Any
 import torch
 
 from bench.extension import find_nvcc
+from bench.figures import keep
 from bench.machine import installed_version
 
 ROOT = Path(__file__).parents[1]
@@ -296,9 +297,9 @@ def step() -> Stage:
     few = [text for variant in LARGE_VARIANTS for text in ("--variant", variant)]
     measured: list[dict[str, Any]] = []
     failures = []
-    for model, options, limit_s in ((small, [], 200), (large, few, 200)):
+    for model, options in ((small, []), (large, few)):
         try:
-            measured += figures_of("step", "--model", model, *options, limit_s=limit_s)["rows"]
+            measured += figures_of("step", "--model", model, *options, limit_s=200)["rows"]
         except BenchError as error:
             measured += error.figures.get("rows", [])
             failures.append(error.detail)
@@ -446,9 +447,7 @@ def main() -> int:
         stage = carry_out(name)
         stage.seconds = time.perf_counter() - start
         stages.append(stage)
-        # after every stage: a gate that is cut off keeps what it has measured
-        whole = result | {"stages": [asdict(stage) for stage in stages]}
-        file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        keep(file, result | {"stages": [asdict(stage) for stage in stages]})
     print(f"\n{result['gpu']}, torch {torch.__version__}, {file}")
     for stage in stages:
         print(f"{stage.name:12}{stage.status:9}{stage.seconds:6.0f} s  {stage.detail}")

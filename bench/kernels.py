@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.figures import keep
 from bench.resources import BATCH_SIZE, LATENT, NUM_CONSISTENCY, SHAPES
 from bench.timing import median_ms
 from soflow import kernels
@@ -232,10 +233,8 @@ def main() -> int:
                     f"{row.fused_gb_per_s:8.0f}{row.fraction_of_copy:9.2f}",
                     flush=True,
                 )
-            # after every op: what is cut off keeps what it has measured
             result["rows"] = [asdict(row) for row in rows]
-            if args.json is not None:
-                args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            keep(args.json, result)
     if args.json is None:
         print(json.dumps(result))
     for complaint in wrong:

@@ -11,7 +11,6 @@ weights, averages, moments and gradients.
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from bench import plain
+from bench.figures import keep
 from bench.machine import machine
 from bench.variants import Engine, Plain, Variant, recipe
 from soflow.memory import GIB, CountMemory, fake_tensors
@@ -132,9 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for model in options.model or MODELS:
         for row in measure(model, options.batch, options.measure, gpu):
             rows.append(row)
-            # after every row: what is cut off keeps what it has measured
-            if options.json is not None:
-                options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            keep(options.json, {**machine(), "rows": rows})
     print(table(rows))
     wrong = [row for row in rows if off(row) > TOLERANCE]
     for row in wrong:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.figures import keep
 from soflow import doctor
 from soflow.config import EmaConfig
 from soflow.ema import Ema
@@ -225,10 +226,8 @@ def main() -> int:
     print(f"{'model':12}{'way':16}{'ms':>9}{'B/param':>9}{'GB/s':>7}{'of copy':>9}{'fused is':>10}")
     for model in args.only or DIT_PRESETS:
         timings = measure(model, found, rate)
-        # after every model: what is cut off keeps what it has measured
         result["rows"] += [asdict(row) for row in timings]
-        if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(args.json, result)
         for row in timings:
             print(
                 f"{model:12}{row.way:16}{row.ms:9.3f}{row.bytes_per_parameter:9}{row.gb_per_s:7.0f}{row.of_copy:9.0%}"

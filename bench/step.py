@@ -20,7 +20,6 @@ error there, and the exit code is 1.
 import argparse
 import dataclasses
 import gc
-import json
 import sys
 import time
 import traceback
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.figures import keep
 from bench.machine import machine
 from bench.variants import Engine, Variant, require_equal_losses, variants
 from soflow.capture import NUM_WARMUP
@@ -248,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by = measure_in_line if device.type == "cuda" else measure_by_turns
         for figures in by(model, names, batch_size, device, options.rounds):
             rows.append(figures)
-            # after every row: what is cut off keeps what it has measured
-            if options.json is not None:
-                options.json.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            keep(options.json, {**machine(), "rows": rows})
     print(table(rows))
     return int(any("error" in figures for figures in rows))
 
