@@ -59,9 +59,9 @@ LATENT_SOURCES = ("latents", "hdf5")
 IMAGE_CHANNELS = (1, 3)
 
 
-def are_latents(channels: int) -> bool:
-    """Whether a network of so many channels draws latents, where nothing but its shape is known."""
-    return channels not in IMAGE_CHANNELS
+def default_vae(channels: int) -> str | None:
+    """What decodes the latents of a network of so many channels, None for images: where its shape alone is known."""
+    return None if channels in IMAGE_CHANNELS else OFFICIAL_VAE
 
 
 def require(name: str, value: Any, valid: bool, expected: str) -> None:
@@ -450,9 +450,9 @@ class Config:
     @property
     def vae(self) -> str | None:
         """What decodes the latents that the network draws: the VAE of the grids, or the official one; None: images."""
-        is_own = self.data.source == "own"
-        latents = are_latents(self.network.in_channels) if is_own else self.data.source in LATENT_SOURCES
-        return self.train.sample_vae or (OFFICIAL_VAE if latents else None)
+        if self.data.source == "own":
+            return self.train.sample_vae or default_vae(self.network.in_channels)
+        return self.train.sample_vae or (OFFICIAL_VAE if self.data.source in LATENT_SOURCES else None)
 
     def _require_what_the_objective_takes(self) -> None:
         name, flow = self.objective.name, self.flow

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from soflow.checkpoint import CheckpointError
 from soflow.checkpoint.files import load_tensors, separate, sync, sync_folder
-from soflow.config import OFFICIAL_VAE, VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, are_latents, require_sampler
+from soflow.config import VELOCITY_SAMPLERS, FlowConfig, NetworkConfig, default_vae, require_sampler
 from soflow.config_file import ConfigError, parse_section
 
 FORMAT_VERSION = 1
@@ -156,7 +156,7 @@ def read_export(folder: Path) -> Trained:
         # exports once did not say: no more than their own sampler promises
         objective = described.get("objective", "flow_matching" if flow.sampler in VELOCITY_SAMPLERS else "soflow")
         require_sampler("flow.sampler", flow.sampler, objective)
-        vae = described.get("vae", OFFICIAL_VAE if are_latents(network.in_channels) else None)
+        vae = described.get("vae", default_vae(network.in_channels))
         if not isinstance(vae, str | None):
             raise CheckpointError(f"{path}: vae: got {vae!r}, expected a name or null")
         kind, step = str(described["weights"]), int(described["step"])

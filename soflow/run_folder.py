@@ -17,7 +17,7 @@ from torch import Tensor
 from soflow import checkpoint
 from soflow.assembly import choose_ops
 from soflow.checkpoint import Checkpoint, CheckpointError, naming, replacing
-from soflow.config import OFFICIAL_VAE, Config, FlowConfig, NetworkConfig, Sampler, are_latents, require_sampler
+from soflow.config import Config, FlowConfig, NetworkConfig, Sampler, default_vae, require_sampler
 from soflow.config_file import compare_configs, dump_config, load_config, parse_config
 from soflow.ema import Snapshot, reconstruct
 from soflow.export import Trained, is_export, read_export
@@ -243,7 +243,7 @@ def read_trained(path: Path, weights: Literal["ema", "model"]) -> Trained:
             network=network,
             flow=FlowConfig(),
             objective="soflow",
-            vae=OFFICIAL_VAE if are_latents(network.in_channels) else None,
+            vae=default_vae(network.in_channels),
             weights=state,
             kind=weights,
             step=official.step,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soflow import checkpoint
 from soflow.assembly import assemble, training_ops
-from soflow.config import Config, EngineConfig, are_latents
+from soflow.config import Config, EngineConfig, default_vae
 from soflow.data import BatchOrder, Source, open_feeder, open_source
 from soflow.determinism import choose_algorithms
 from soflow.distributed import Ballot, Processes
@@ -180,8 +180,8 @@ class Trainer:
             self._give_up()
         return stop
 
-    def _is_diverging(self) -> bool:
-        return self.step.most_bad_in_row() >= self._bad_steps_allowed
+    def _is_diverging(self, *, wait: bool = False) -> bool:
+        return self.step.most_bad_in_row(wait=wait) >= self._bad_steps_allowed
 
     def _give_up(self) -> NoReturn:
         self.feeder.require_finite(self.processes)
@@ -306,7 +306,7 @@ class Trainer:
                 f"step {self.finished}: the loss or its gradient is not finite; no checkpoint was written"
             )
         # the votes of a GPU, and of several processes, know of the steps before; the same in every process
-        if self.step.most_bad_in_row(wait=True) >= self._bad_steps_allowed:
+        if self._is_diverging(wait=True):
             self._give_up()
         first = self.processes.is_first
         if not (first or is_sharded(self.flow.network)):
@@ -366,7 +366,7 @@ def require_matching_data(config: Config, source: Source, world_size: int) -> No
             f"network.num_classes: got {network.num_classes}, expected {source.num_classes}, which the data set "
             f"{config.data.source} has, or 0 for unconditional"
         )
-    if are_latents(channels) and train.sample_every and train.sample_vae is None:
+    if default_vae(channels) is not None and train.sample_every and train.sample_vae is None:
         raise RunError(
             f"train.sample_every: got {train.sample_every}, expected 0, or a VAE in train.sample_vae, "
             f"because the data set {config.data.source} has {channels} channels, which are no image"
